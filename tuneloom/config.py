@@ -1,0 +1,150 @@
+"""The settings of an installation: one tree, read once at the start and handed on in pieces.
+
+A file `config.yaml` in the home folder overrides the defaults, which run on one machine without a cloud. The
+environment says only where home is (`TUNELOOM_HOME`) and is read by entry points, never by an import.
+"""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tuneloom.errors import InvalidRequest
+
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CONFIG_FILE = "config.yaml"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineSettings(Section):
+    """One base's engine. Lengths are in tokens.
+
+    `threads` 0: the cores of the machine less one, at least one.
+    """
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    max_sequences: int = Field(32, ge=1, description="sequences that run at once")
+    max_waiting: int = Field(256, ge=1, description="requests that may wait; beyond it a request gets 503")
+    max_length: int | None = Field(None, ge=16, description="context served; None: the base's own")
+    max_step_tokens: int = Field(256, ge=16, description="tokens of one step, decode rows and prefill together")
+    adapter_slots: int = Field(16, ge=1, description="adapters on the device at once")
+    max_rank: int = Field(64, ge=1, description="largest adapter rank accepted")
+    host_cache_bytes: int = Field(1 << 30, ge=0, description="adapters kept in host memory, ready to copy")
+    disk_cache_bytes: int = Field(16 << 30, ge=0, description="adapters kept on local disk")
+    threads: int = Field(0, ge=0)
+
+
+class BaseSettings(Section):
+    """A base that is served and trained on."""
+
+    id: str
+    replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0.1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+    engine: EngineSettings = EngineSettings()
+
+
+class GatewaySettings(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0: any free port")
+    replicas: int = Field(1, ge=1)
+    max_ongoing_requests: int = Field(500, ge=1)
+    cors_origins: tuple[str, ...] = ("*",)
+    max_body_bytes: int = Field(32 << 20, description="largest JSON body")
+    max_file_bytes: int = Field(512 << 20, description="largest uploaded file")
+    max_part_bytes: int = Field(64 << 20, description="largest part of an upload")
+    max_upload_bytes: int = Field(8 << 30, description="largest file made of parts")
+    key_cache_s: float = Field(2.0, ge=0, le=5, description="how long an answer about a key is remembered")
+    request_timeout_s: float = Field(600.0, gt=0)
+
+
+class TrainSettings(Section):
+    launcher: Literal["ray-jobs"] = "ray-jobs"
+    max_running: int = Field(1, ge=1, description="jobs that train at once")
+    max_losses: int = Field(3, ge=0, description="times an attempt may be lost before the job fails")
+    num_cpus: float = Field(1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+    threads: int = Field(0, ge=0, description="0: all cores")
+    checkpoint_interval_s: float = Field(120.0, gt=0)
+    checkpoints_kept: int = Field(3, ge=1)
+    start_timeout_s: float = Field(300.0, gt=0, description="from launch to the first heartbeat")
+    heartbeat_timeout_s: float = Field(120.0, gt=0, description="silence after which an attempt counts as lost")
+    min_rows: int = Field(10, ge=1, description="fewest rows of a training file")
+
+
+class ControlSettings(Section):
+    tick_s: float = Field(0.5, gt=0)
+    check_timeout_s: float = Field(900.0, gt=0, description="time for checking a job's files")
+
+
+class Settings(Section):
+    """The whole tree. Empty URLs stand for SQLite and files under `home`."""
+
+    home: Path
+    documents_url: str = ""
+    blobs_url: str = ""
+    bases: tuple[BaseSettings, ...] = (BaseSettings(id=DEFAULT_BASE),)
+    base_aliases: dict[str, str] = {
+        "gpt-4o-mini-2024-07-18": DEFAULT_BASE,
+        "gpt-4.1-nano-2025-04-14": DEFAULT_BASE,
+        "gpt-3.5-turbo-0125": DEFAULT_BASE,
+    }
+    gateway: GatewaySettings = GatewaySettings()
+    train: TrainSettings = TrainSettings()
+    control: ControlSettings = ControlSettings()
+
+    @property
+    def documents(self) -> str:
+        return self.documents_url or f"sqlite:{self.home / 'tuneloom.db'}"
+
+    @property
+    def blobs(self) -> str:
+        return self.blobs_url or f"file:{self.home / 'blobs'}"
+
+    @property
+    def bases_dir(self) -> Path:
+        return self.home / "bases"
+
+
+def load(home: Path | str | None = None) -> Settings:
+    """Read the settings of `home` (default: `$TUNELOOM_HOME`, else `.tuneloom`).
+
+    Raises:
+        InvalidRequest: the file is not YAML or a field is wrong; the message names it.
+    """
+    folder = Path(home or os.environ.get("TUNELOOM_HOME") or ".tuneloom").absolute()
+    path = folder / CONFIG_FILE
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return Settings.model_validate({**(data or {}), "home": folder})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"{path}: `{where}`: {first['msg']}") from error
+    except (yaml.YAMLError, TypeError) as error:
+        raise InvalidRequest(f"{path} is not a YAML mapping: {error}") from error
+
+
+def read_pepper(settings: Settings) -> bytes:
+    """The installation's key for hashing secrets, 32 bytes; made on first use, readable by its user only."""
+    path = settings.home / "pepper"
+    if not path.exists():
+        settings.home.mkdir(parents=True, exist_ok=True)
+        draft = settings.home / f".pepper-{secrets.token_hex(8)}"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+        # A link fails if another process was first, and never shows half a file.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+        draft.unlink()
+    return path.read_bytes()

@@ -1,0 +1,98 @@
+"""The engine seam: token ids in, token ids out, over one base and many adapters. No text, no Ray, no store."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tuneloom.domain import AdapterRef
+from tuneloom.generation import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True)
+class SequenceRequest:
+    """One generation. `params.n`, `stop` and `max_tokens` None are resolved before: here n is 1, `stop` is unused
+    and `max_tokens` is a number. Generation ends after a token of `stop_ids`, which is reported with the rest.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    owner: str
+    adapter: AdapterRef | None = None
+    deadline_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """A sampled token; `logprob` and `top` (token id, logprob) only if the request asks for logprobs."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class SequenceOutput:
+    """What one hand-over brings for one sequence. `finish_reason` is set on the last: `stop` (a stop id), `length`."""
+
+    tokens: tuple[TokenOutput, ...]
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    sha256: str
+    tier: str
+    rank: int
+    size_bytes: int
+    in_use: int
+    is_pinned: bool
+    last_used_at: float
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+    steps: int
+    step_ms: float
+    tokens_generated: int
+    adapter_loads: int
+    adapter_evictions: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One base in one process. Methods are called from one asyncio loop; the work runs in a thread of the engine."""
+
+    async def start(self) -> None: ...
+
+    def generate(self, request: SequenceRequest) -> AsyncIterator[SequenceOutput]:
+        """Tokens as they come. Closing the iterator aborts the sequence and frees its slot before the next step.
+
+        Raises:
+            Overloaded: too many requests wait, or the adapter did not load in time.
+            AdapterRejected: the adapter does not fit this base.
+            TuneloomError: the step failed; other sequences go on.
+        """
+        ...
+
+    async def abort(self, id: str) -> None: ...
+
+    async def load_adapter(self, ref: AdapterRef) -> None: ...
+
+    async def evict_adapter(self, sha256: str) -> None: ...
+
+    async def pin_adapter(self, sha256: str, is_pinned: bool) -> None: ...
+
+    def adapters(self) -> list[AdapterState]: ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+    async def close(self) -> None: ...
