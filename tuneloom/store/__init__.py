@@ -1,0 +1,50 @@
+"""The only place where state lives: records and blobs, opened by URL."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuneloom.errors import InvalidRequest
+from tuneloom.store.base import Blobs, Documents
+from tuneloom.store.files import FileBlobs
+from tuneloom.store.records import Records
+from tuneloom.store.sqlite import SqliteDocuments
+
+if TYPE_CHECKING:
+    from tuneloom.config import Settings
+
+__all__ = ["Store", "open_blobs", "open_documents", "open_store"]
+
+
+@dataclass(frozen=True)
+class Store:
+    records: Records
+    blobs: Blobs
+
+    def close(self) -> None:
+        self.records.documents.close()
+
+
+def open_store(settings: "Settings") -> Store:
+    return Store(Records(open_documents(settings.documents)), open_blobs(settings.blobs))
+
+
+def open_documents(url: str) -> Documents:
+    """The documents at `sqlite:PATH`; close them after use."""
+    match _split(url):
+        case ("sqlite", path):
+            return SqliteDocuments(Path(path))
+    raise InvalidRequest(f"`{url}` is not a documents URL. Use `sqlite:PATH`.", param="documents_url")
+
+
+def open_blobs(url: str) -> Blobs:
+    """The blobs at `file:FOLDER`."""
+    match _split(url):
+        case ("file", folder):
+            return FileBlobs(Path(folder))
+    raise InvalidRequest(f"`{url}` is not a blobs URL. Use `file:FOLDER`.", param="blobs_url")
+
+
+def _split(url: str) -> tuple[str, str] | None:
+    scheme, _, rest = url.partition(":")
+    return (scheme, rest) if rest else None

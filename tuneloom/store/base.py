@@ -3,14 +3,22 @@
 All calls are synchronous and thread-safe. Implementations are chosen by URL in `open_documents` and `open_blobs`.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from tuneloom.errors import TuneloomError
+from tuneloom.errors import InvalidRequest, TuneloomError
+
+MAX_WRITES = 400
 
 Scalar = str | int | float | bool | None
+
+# The quoting of Firestore's field paths.
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PART = re.compile(r"`(?P<quoted>(?:[^`\\]|\\.)*)`|(?P<plain>[^.`]+)", re.DOTALL)
+_PATH = re.compile(rf"(?:{_PART.pattern})(?:\.(?:{re.sub('P<[a-z]+>', ':', _PART.pattern)}))*", re.DOTALL)
 
 
 class StoreConflict(TuneloomError):
@@ -76,7 +84,10 @@ class Delete:
 
 @dataclass(frozen=True)
 class Increment:
-    """Add to a top-level number of an existing document, without reading it; conflicts if the document is absent."""
+    """Add to a top-level number of an existing document, without reading it; conflicts if the document is absent.
+
+    A field that is absent counts as 0.
+    """
 
     collection: str
     id: str
@@ -97,10 +108,35 @@ class Range:
     at_most: Scalar = None
 
 
+def field_path(*parts: str) -> str:
+    """A key of `where` from its parts, whatever characters they hold: `field_path("metadata", "a.b")`."""
+    return ".".join(part if _PLAIN.fullmatch(part) else f"`{_escaped(part)}`" for part in parts)
+
+
+def split_path(path: str) -> tuple[str, ...]:
+    """The parts of a key of `where`; the inverse of `field_path`.
+
+    Raises:
+        InvalidRequest: a part is empty or a backtick is not closed.
+    """
+    if _PATH.fullmatch(path) is None:
+        raise InvalidRequest(f"`{path[:80]}` is not a field path. Build it with `field_path`.")
+    return tuple(
+        re.sub(r"\\(.)", r"\1", match["quoted"], flags=re.DOTALL) if match["plain"] is None else match["plain"]
+        for match in _PART.finditer(path)
+    )
+
+
+def _escaped(part: str) -> str:
+    return part.replace("\\", "\\\\").replace("`", "\\`")
+
+
 class Documents(Protocol):
     """Small JSON records in named collections."""
 
-    def find(self, collection: str, id: str) -> Document | None: ...
+    def find(self, collection: str, id: str) -> Document | None:
+        """The document, or None; an id that no document can have is simply not there."""
+        ...
 
     def query(
         self,
@@ -115,8 +151,11 @@ class Documents(Protocol):
     ) -> list[Document]:
         """Documents whose top-level fields equal `where`, ordered by (`order_by`, id).
 
-        A key of `where` may be dotted (`metadata.team`) to look inside nested objects. `order_by` is a top-level
-        field, or `id`. `bounds` apply to `order_by`. `after` is the cursor: the (order_by value, id) of the last
+        A key of `where` may be dotted (`metadata.team`) to look inside nested objects; build it with `field_path`
+        when a part comes from a user. Values are compared with their type: `True` is not 1, 1 is 1.0, and None
+        matches a field that is there and null. `order_by` is a top-level field, or `id`, the document id. Order is
+        null, booleans, numbers, text by code point; `descending` reverses it, ids too. `bounds` apply to `order_by`
+        and admit only values of the bound's own type. `after` is the cursor: the (order_by value, id) of the last
         document seen; with `order_by="id"` both are the id. Documents without the ordered field are not returned.
         """
         ...
@@ -124,10 +163,13 @@ class Documents(Protocol):
     def commit(self, writes: Sequence[Write]) -> dict[tuple[str, str], str]:
         """Apply all writes or none; at most one write per document, at most 400 writes.
 
-        Returns the new revision of each written document, by (collection, id); deleted ones are absent.
+        Returns the new revision of each written document, by (collection, id); deleted ones are absent. A revision
+        never comes back, also not when a document is deleted and created again.
 
         Raises:
             StoreConflict: a precondition did not hold.
+            InvalidRequest: a write breaks the rules of `store.limits`.
+            Overloaded: other writers did not let this one in for too long.
         """
         ...
 

@@ -1,0 +1,130 @@
+"""The records of `domain` as tables over documents. Knows how a record becomes a document, and no rule about any."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from tuneloom.domain import (
+    ApiKey,
+    Checkpoint,
+    Event,
+    File,
+    Job,
+    Model,
+    Progress,
+    Record,
+    Registration,
+    Repeat,
+    Upload,
+    UploadPart,
+    Version,
+)
+from tuneloom.errors import InvalidRequest, NotFound, TuneloomError
+from tuneloom.store.base import Create, Delete, Document, Documents, Range, Replace, Scalar, Write
+
+T = TypeVar("T", bound=Record)
+
+
+@dataclass(frozen=True)
+class Stored(Generic[T]):
+    """A record as it was read, with the revision to write against."""
+
+    value: T
+    rev: str
+
+
+class Table(Generic[T]):
+    """One collection of one kind of record. Writes are only built here; `Records.commit` does them."""
+
+    def __init__(self, documents: Documents, record_type: type[T]) -> None:
+        self._documents = documents
+        self._type = record_type
+        self._collection = record_type.collection
+
+    def find(self, id: str) -> Stored[T] | None:
+        document = self._documents.find(self._collection, id)
+        return self._load(document) if document else None
+
+    def get(self, id: str) -> Stored[T]:
+        """Raises NotFound; where a person named the thing, say it in the API's words instead."""
+        stored = self.find(id)
+        if stored is None:
+            raise NotFound(f"There is no {self._type.__name__} `{id}`.")
+        return stored
+
+    def query(
+        self,
+        where: Mapping[str, Scalar] | None = None,
+        *,
+        order_by: str = "id",
+        descending: bool = False,
+        bounds: Range | None = None,
+        limit: int | None = None,
+        after: T | None = None,
+    ) -> list[Stored[T]]:
+        """Records by equality and one order, as `Documents.query`; `after` is the last record of the page before."""
+        documents = self._documents.query(
+            self._collection,
+            where,
+            order_by=order_by,
+            descending=descending,
+            bounds=bounds,
+            limit=limit,
+            after=None if after is None else (self._dump(after)[order_by], after.id),
+        )
+        return [self._load(document) for document in documents]
+
+    def create(self, record: T) -> Create:
+        return Create(self._collection, record.id, self._dump(record))
+
+    def replace(self, stored: Stored[T], record: T) -> Replace:
+        assert record.id == stored.value.id, "a record keeps its id"
+        return Replace(self._collection, record.id, self._dump(record), stored.rev)
+
+    def delete(self, stored: Stored[T]) -> Delete:
+        return Delete(self._collection, stored.value.id, stored.rev)
+
+    def _dump(self, record: T) -> dict[str, Any]:
+        data = record.model_dump(mode="json")
+        try:
+            # A number that is not finite becomes null in JSON: what could not be read back is refused here.
+            self._type.model_validate(data)
+        except ValidationError as error:
+            raise InvalidRequest(f"The record `{self._collection}/{record.id}` cannot be stored: {error}") from error
+        return data
+
+    def _load(self, document: Document) -> Stored[T]:
+        try:
+            return Stored(self._type.model_validate(document.data), document.rev)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise TuneloomError(
+                f"The record `{self._collection}/{document.id}` does not fit this version of tuneloom: "
+                f"`{where}`: {first['msg']}. Run the version that wrote it, or a newer one."
+            ) from error
+
+
+class Records:
+    """Every kind of record that is kept. `commit` applies writes of any tables together or not at all."""
+
+    def __init__(self, documents: Documents) -> None:
+        self.documents = documents
+        self.files = Table(documents, File)
+        self.uploads = Table(documents, Upload)
+        self.upload_parts = Table(documents, UploadPart)
+        self.jobs = Table(documents, Job)
+        self.progress = Table(documents, Progress)
+        self.events = Table(documents, Event)
+        self.checkpoints = Table(documents, Checkpoint)
+        self.models = Table(documents, Model)
+        self.versions = Table(documents, Version)
+        self.registrations = Table(documents, Registration)
+        self.keys = Table(documents, ApiKey)
+        self.repeats = Table(documents, Repeat)
+
+    def commit(self, *writes: Write) -> dict[tuple[str, str], str]:
+        """Apply all writes or none; returns the new revisions by (collection, id). See `Documents.commit`."""
+        return self.documents.commit(writes)

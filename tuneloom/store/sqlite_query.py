@@ -1,0 +1,127 @@
+"""Queries of the seam as SQL. Values are always parameters; names are checked and then part of the text, because
+SQLite uses an index on an expression only if the query spells that expression in the same way."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tuneloom.errors import InvalidRequest
+from tuneloom.store.base import Range, Scalar, split_path
+from tuneloom.store.limits import check_collection, check_field, check_value
+
+_BOUNDS = (("above", ">"), ("at_least", ">="), ("below", "<"), ("at_most", "<="))
+
+
+def select(
+    collection: str,
+    where: Mapping[str, Scalar],
+    order_by: str,
+    descending: bool,
+    bounds: Range,
+    limit: int | None,
+    after: tuple[Scalar, str] | None,
+) -> tuple[str, list[Any]]:
+    """The statement that yields (id, rev, data) of the documents, and its parameters."""
+    if limit is not None and limit < 0:
+        raise InvalidRequest(f"`limit` is {limit}. Use 0 or more.")
+    conditions = [f"collection = '{check_collection(collection)}'"]
+    values: list[Any] = []
+    order = ["id"] if order_by == "id" else _order(check_field(order_by))
+    if order_by != "id":
+        conditions.append(f"{order[0]} IS NOT NULL")
+    clauses = [_equals(path, value) for path, value in where.items()]
+    clauses += [_bound(order_by, sign, getattr(bounds, name)) for name, sign in _BOUNDS]
+    clauses.append(_beyond(order_by, order, "<" if descending else ">", after))
+    for clause, parameters in clauses:
+        conditions.append(clause)
+        values += parameters
+    direction = " DESC" if descending else ""
+    statement = (
+        f"SELECT id, rev, data FROM documents WHERE {' AND '.join(conditions)} "
+        f"ORDER BY {', '.join(term + direction for term in order)} LIMIT ?"
+    )
+    return statement, [*values, -1 if limit is None else limit]
+
+
+def holds(data: str, parts: str, value: str) -> bool:
+    """SQL function: does the document hold the value (JSON) at these parts (JSON)? For keys no JSON path can spell."""
+    found = json.loads(data)
+    for part in json.loads(parts):
+        if not isinstance(found, dict) or part not in found:
+            return False
+        found = found[part]
+    wanted = json.loads(value)
+    return _rank(found) == _rank(wanted) and found == wanted
+
+
+def _equals(path: str, value: Scalar) -> tuple[str, list[Any]]:
+    parts = split_path(path)
+    check_field(parts[0])
+    if not _is_searchable(value):
+        return "FALSE", []
+    text = json.dumps(value)
+    if not all(part.isascii() and part.isidentifier() for part in parts):
+        return "holds(data, ?, ?)", [json.dumps(parts), text]
+    field = f"'$.{'.'.join(parts)}'"
+    if _rank(value) == 2:
+        # Both numbers come from their JSON text by the same conversion, so that equal texts are equal.
+        return f"{_type_rank(field)} = 2 AND json_extract(data, {field}) = json_extract(?, '$')", [text]
+    # The stored text is compared: exact for every string, and `true` is not 1.
+    return f"data -> {field} = ?", [text]
+
+
+def _order(field: str) -> list[str]:
+    return [_type_rank(f"'$.{field}'"), f"coalesce(json_extract(data, '$.{field}'), 0)", "id"]
+
+
+def _bound(order_by: str, sign: str, value: Scalar) -> tuple[str, list[Any]]:
+    if value is None:
+        return "TRUE", []
+    if not _is_searchable(value):
+        raise InvalidRequest(f"`{value!r}` cannot bound `{order_by}`.")
+    if order_by == "id":
+        return (f"id {sign} ?", [value]) if isinstance(value, str) else ("FALSE", [])
+    rank, field, _ = _order(order_by)
+    return f"{rank} = {_rank(value)} AND {field} {sign} json_extract(?, '$')", [json.dumps(value)]
+
+
+def _beyond(order_by: str, order: list[str], sign: str, after: tuple[Scalar, str] | None) -> tuple[str, list[Any]]:
+    if after is None:
+        return "TRUE", []
+    value, id = after
+    if not _is_searchable(value) or not _is_searchable(id):
+        raise InvalidRequest(f"`{after!r}` is not a place in the order of `{order_by}`.")
+    if order_by == "id":
+        return f"id {sign} ?", [id]
+    place = f"({_rank(value)}, coalesce(json_extract(?, '$'), 0), ?)"
+    return f"({', '.join(order)}) {sign} {place}", [json.dumps(value), id]
+
+
+def _type_rank(field: str) -> str:
+    return (
+        f"CASE json_type(data, {field}) WHEN 'null' THEN 0 WHEN 'true' THEN 1 WHEN 'false' THEN 1 "
+        "WHEN 'integer' THEN 2 WHEN 'real' THEN 2 WHEN 'text' THEN 3 END"
+    )
+
+
+def _rank(value: Any) -> int:
+    """The place of a value's type in the order: null, booleans, numbers, text; then what has no order."""
+    match value:
+        case None:
+            return 0
+        case bool():
+            return 1
+        case int() | float():
+            return 2
+        case str():
+            return 3
+    return 4
+
+
+def _is_searchable(value: Any) -> bool:
+    """Whether any document can hold this scalar."""
+    try:
+        check_value(value, "where")
+    except InvalidRequest:
+        return False
+    return _rank(value) < 4
