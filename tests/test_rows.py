@@ -1,0 +1,248 @@
+import io
+import json
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tuneloom.rows import Conversation, Pair, Row, Scan, Text
+
+USER = {"role": "user", "content": "hi"}
+ANSWER = {"role": "assistant", "content": "hello"}
+
+
+def scan(*lines: bytes | str | dict[str, Any], **options: Any) -> tuple[list[Row], Scan]:
+    """The good rows and the finished scan of a file made of these lines."""
+    encoded = [line if isinstance(line, bytes) else _text(line).encode() for line in lines]
+    result = Scan(**options)
+    rows = [row for _, row in result.rows(io.BytesIO(b"\n".join(encoded)))]
+    return rows, result
+
+
+def _text(line: str | dict[str, Any]) -> str:
+    return line if isinstance(line, str) else json.dumps(line)
+
+
+def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **more}
+
+
+def only_problem(line: bytes | str | dict[str, Any]) -> str:
+    rows, result = scan(chat(USER, ANSWER), line)
+    assert len(rows) == 1
+    assert result.problem_count == 1
+    assert result.problems[0].line == 2
+    return result.problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (chat(USER, ANSWER), Conversation((USER, ANSWER), (True,))),
+        (chat(USER, {**ANSWER, "weight": 0}, USER, ANSWER), Conversation((USER, ANSWER, USER, ANSWER), (False, True))),
+        (
+            chat({"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, ANSWER),
+            Conversation((USER, ANSWER), (True,)),
+        ),
+        ({"prompt": "1 + 1 =", "completion": " 2"}, Pair("1 + 1 =", " 2")),
+        ({"prompt": [USER], "completion": [ANSWER]}, Conversation((USER, ANSWER), (True,))),
+        (
+            {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
+            Conversation((USER, ANSWER, USER, ANSWER), (False, True)),
+        ),
+        ({"instruction": "hi", "output": "hello"}, Conversation((USER, ANSWER), (True,))),
+        (
+            {"instruction": "Add.", "input": "1 1", "output": "hello"},
+            Conversation(({"role": "user", "content": "Add.\n\n1 1"}, ANSWER), (True,)),
+        ),
+        ({"instruction": "hi", "input": "", "output": "hello"}, Conversation((USER, ANSWER), (True,))),
+        ({"input": "hi", "output": "hello"}, Conversation((USER, ANSWER), (True,))),
+        ({"text": "once"}, Text("once")),
+    ],
+)
+def test_each_format_becomes_its_row(row: dict[str, Any], expected: Row) -> None:
+    rows, result = scan(row)
+    assert rows == [expected]
+    assert result.problems == []
+
+
+def test_tools_and_calls_are_kept_and_the_older_spelling_becomes_the_newer() -> None:
+    tool = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "sum", "arguments": "{}"}}
+    new = chat(
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", **call}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+        ANSWER,
+        tools=[tool],
+        parallel_tool_calls=False,
+    )
+    old = chat(
+        USER,
+        {"role": "assistant", "content": None, "function_call": call["function"]},
+        {"role": "function", "name": "sum", "content": "3"},
+        ANSWER,
+        functions=[tool["function"]],
+    )
+    (first, second), result = scan(new, old)
+    assert result.problems == []
+    assert isinstance(first, Conversation) and isinstance(second, Conversation)
+    assert first.tools == second.tools == (tool,)
+    assert first.messages[1]["tool_calls"] == [{"id": "c1", **call}]
+    assert second.messages[1]["tool_calls"] == [call]
+    assert second.messages[2] == {"role": "tool", "content": "3", "name": "sum"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{oops", "Not JSON"),
+        ("[1]", "JSON array"),
+        ("3", "a number, not a JSON object"),
+        (b'{"text": "\xff"}', "byte 11 of the line is 0xff"),
+        ('{"messages": [], "x": NaN}', "`NaN`"),
+        ('{"messages": 1, "messages": 2}', "appears twice"),
+        (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "half of a character"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"messages": ' + "9" * 5000 + "}", "Not usable JSON"),
+        ({}, "No known format"),
+        ({"question": "a"}, "`question`"),
+        ({"text": "other"}, "A file has one format"),
+        ({"input": {}, "preferred_output": [], "non_preferred_output": []}, "preference rows"),
+        (chat(USER, ANSWER, extra=1), "`extra`"),
+        (chat(), "`messages` is empty"),
+        ({"messages": "hi"}, "`messages` is a string"),
+        (chat(USER), "no message with the role `assistant`"),
+        (chat(USER, ANSWER, USER), "must be `assistant`"),
+        (chat(USER, {**ANSWER, "weight": 0}), "`weight` 0"),
+        (chat(USER, {**ANSWER, "weight": 2}), "`weight` is `2`"),
+        (chat(USER, {**ANSWER, "weight": True}), "`weight` is `true`"),
+        (chat({**USER, "weight": 1}, ANSWER), "`weight`"),
+        (chat({"role": "bot", "content": "x"}, ANSWER), "unknown role `bot`"),
+        (chat({"content": "x"}, ANSWER), "`role` is missing"),
+        (chat({"role": "user"}, ANSWER), "`messages[0]`: `content` is missing"),
+        (chat({"role": "user", "content": 3}, ANSWER), "`content` is a number"),
+        (chat({"role": "user", "content": [{"type": "image_url"}]}, ANSWER), "`image_url`"),
+        (chat("hi", ANSWER), "`messages[0]` is a string"),
+        (chat(USER, {"role": "assistant", "content": ""}), "`content` is empty"),
+        (chat(USER, {"role": "assistant", "content": None}), "no `tool_calls`"),
+        (
+            chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}),
+            "`function.arguments` is null",
+        ),
+        (chat(USER, ANSWER, tools=[{"type": "web"}]), "`tools[0]`: `type` is `web`"),
+        (chat(USER, ANSWER, tools={}), "`tools` is an object"),
+        (chat(USER, ANSWER, parallel_tool_calls="yes"), "`parallel_tool_calls` is a string"),
+    ],
+)
+def test_a_wrong_line_is_named_with_its_reason(line: bytes | str | dict[str, Any], reason: str) -> None:
+    assert reason in only_problem(line)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a"}, "`completion` is missing"),
+        ({"completion": "a"}, "`prompt` is missing"),
+        ({"prompt": "a", "completion": ""}, "`completion` is empty"),
+        ({"prompt": "a", "completion": ["b"]}, "`completion` is an array"),
+        ({"prompt": [USER], "completion": "b"}, "`completion` is a string"),
+        ({"instruction": "a", "output": None}, "`output` is null"),
+        ({"instruction": "", "output": "b"}, "`instruction` is empty"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "`input` is a number"),
+        ({"input": "a"}, "`output` is missing"),
+        ({"text": 7}, "`text` is a number"),
+        ({"text": "a", "label": "b"}, "`label`"),
+    ],
+)
+def test_other_formats_name_what_is_wrong(row: dict[str, Any], reason: str) -> None:
+    rows, result = scan(row)
+    assert rows == []
+    assert [(problem.line, reason in problem.message) for problem in result.problems] == [(1, True)]
+
+
+def test_a_byte_order_mark_and_empty_lines_are_fine_and_lines_keep_their_numbers() -> None:
+    result = Scan()
+    body = b"\xef\xbb\xbf" + json.dumps(chat(USER, ANSWER)).encode() + b"\r\n\n  \n" + b"oops\n"
+    assert [line for line, _ in result.rows(io.BytesIO(body))] == [1]
+    assert [problem.line for problem in result.problems] == [4]
+    assert result.num_rows == 2
+
+
+def test_an_empty_file_is_a_problem_of_the_file() -> None:
+    for body in (b"", b"\n\n", b"\xef\xbb\xbf"):
+        _, result = scan(body)
+        assert [(problem.line, "empty" in problem.message) for problem in result.problems] == [(None, True)]
+
+
+def test_utf_16_is_named_once() -> None:
+    _, result = scan(json.dumps({"text": "a\nb"}).encode("utf-16"))
+    assert [problem.message for problem in result.problems] == ["The file is UTF-16. Save it as UTF-8."]
+
+
+def test_too_few_rows_is_a_problem_of_the_file() -> None:
+    rows, result = scan({"text": "a"}, {"text": "b"}, min_rows=10)
+    assert len(rows) == 2
+    assert result.problems[0].message == "The file has 2 rows; at least 10 are needed."
+
+
+def test_problems_beyond_the_limit_are_counted() -> None:
+    _, result = scan(*["oops"] * 250)
+    assert len(result.problems) == 100
+    assert result.problem_count == 250
+
+
+def test_a_huge_line_is_named_and_the_next_ones_are_read_in_bounded_memory() -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b'{"text": "'
+        for _ in range(64):
+            yield b"x" * (1 << 20)
+        yield b'"}\n{"text": "b"}\n'
+
+    body = io.BytesIO(b"".join(chunks()))
+    tracemalloc.start()
+    result = Scan(max_line_bytes=1 << 20)
+    rows = [line for line, _ in result.rows(body)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == [2]
+    assert [(problem.line, "longer than" in problem.message) for problem in result.problems] == [(1, True)]
+    assert peak < 8 << 20
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "assistant"]),
+    lambda children: (
+        st.lists(children, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                "messages role content tool_calls function name weight prompt completion text input output".split()
+            ),
+            children,
+            max_size=5,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.binary(max_size=60) | json_values.map(lambda value: json.dumps(value).encode()), max_size=5))
+def test_whatever_the_bytes_every_row_is_read_or_named(lines: list[bytes]) -> None:
+    body = b"\n".join(lines)
+    result = Scan()
+    good = [line for line, _ in result.rows(io.BytesIO(body))]
+    named = [problem.line for problem in result.problems if problem.line is not None]
+    last = body.count(b"\n") + 1
+    assert all(1 <= line <= last for line in good + named)
+    assert not set(good) & set(named)
+    if not body.startswith((b"\xff\xfe", b"\xfe\xff")):
+        assert result.num_rows == len(good) + len(named)

@@ -1,0 +1,136 @@
+"""One pass over a file of rows in bounded memory: lines, encoding, JSON, and the list of problems."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from tuneloom.rows.fields import Wrong, kind_of, quoted
+from tuneloom.rows.formats import Row, format_of
+
+MAX_PROBLEMS = 100
+MAX_LINE_BYTES = 8 << 20
+
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong; `line` counts from 1, None when it concerns the file."""
+
+    line: int | None
+    message: str
+
+
+@dataclass
+class Scan:
+    """One pass over a file. `rows` yields the good rows; counts and problems are complete when it is exhausted.
+
+    `limit` is the number of problems kept; `problem_count` counts all.
+    """
+
+    min_rows: int = 1
+    limit: int = MAX_PROBLEMS
+    max_line_bytes: int = MAX_LINE_BYTES
+    num_rows: int = 0
+    format: str | None = None
+    problem_count: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, line: int | None, message: str) -> None:
+        """Note a problem; beyond `limit` it is only counted."""
+        self.problem_count += 1
+        if len(self.problems) < self.limit:
+            self.problems.append(Problem(line, message))
+
+    def rows(self, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+        """Good rows with their line numbers, in order."""
+        for number, raw in _lines(file, self.max_line_bytes):
+            if raw is None:
+                self.num_rows += 1
+                self.add(number, f"The line is longer than {self.max_line_bytes:,} bytes. Split the row.")
+                continue
+            if number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                self.num_rows += 1
+                self.add(1, "The file is UTF-16. Save it as UTF-8.")
+                return
+            raw = raw.removeprefix(_BOM) if number == 1 else raw
+            if not raw.strip():
+                continue
+            self.num_rows += 1
+            try:
+                row = self._row(raw)
+            except Wrong as problem:
+                self.add(number, str(problem))
+            else:
+                yield number, row
+        self._finish()
+
+    def _row(self, raw: bytes) -> Row:
+        data = _parse(raw)
+        name, read = format_of(data)
+        if self.format is None:
+            self.format = name
+        elif name != self.format:
+            raise Wrong(f"This row has the format {name}, the first row {self.format}. A file has one format.")
+        return read(data)
+
+    def _finish(self) -> None:
+        if self.num_rows == 0:
+            self.add(None, "The file is empty. It needs one JSON object per line.")
+        elif self.num_rows < self.min_rows:
+            self.add(None, f"The file has {_count(self.num_rows, 'row')}; at least {self.min_rows} are needed.")
+
+
+def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines without reading more than `max_bytes` at once; None stands for a longer line."""
+    number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        if len(line) <= max_bytes or line.endswith(b"\n"):
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(1 << 20)
+        yield number, None
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Wrong(f"Not UTF-8: byte {error.start + 1} of the line is 0x{raw[error.start]:02x}.") from None
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        if "\\u" in text:
+            json.dumps(data, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise Wrong(f"Not JSON: {error.msg} at column {error.colno}.") from None
+    except RecursionError:
+        raise Wrong("Not usable JSON: it is nested too deeply.") from None
+    except UnicodeEncodeError:
+        raise Wrong("A string holds half of a character: a `\\ud800`-`\\udfff` escape without its pair.") from None
+    except ValueError as error:
+        raise Wrong(f"Not usable JSON: {error}.") from None
+    if isinstance(data, list):
+        raise Wrong("The line is a JSON array. Write one JSON object per line, without an array around them.")
+    if not isinstance(data, dict):
+        raise Wrong(f"The line is {kind_of(data)}, not a JSON object.")
+    return data
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"`{name}` is not a JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {quoted(twice)} appears twice in one object")
+    return data
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
