@@ -224,7 +224,20 @@ json_values = st.recursive(
         st.lists(children, max_size=4)
         | st.dictionaries(
             st.sampled_from(
-                "messages role content tool_calls function name weight prompt completion text input output".split()
+                [
+                    "messages",
+                    "role",
+                    "content",
+                    "tool_calls",
+                    "function",
+                    "name",
+                    "weight",
+                    "prompt",
+                    "completion",
+                    "text",
+                    "input",
+                    "output",
+                ]
             ),
             children,
             max_size=5,
