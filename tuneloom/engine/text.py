@@ -1,0 +1,281 @@
+"""Text to token ids and back, for serving and training alike: one chat template, one way to encode it. No torch.
+
+Training and serving must see the same ids for the same conversation. So a rendered conversation is cut right after each
+generation prompt and the pieces are encoded one by one: no token ever spans the point where an answer begins, and the
+ids before an answer are the same whether the answer is to be generated or is already there.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuneloom.engine.vocabulary import Vocabulary
+from tuneloom.errors import InvalidRequest, UnsupportedParameter
+
+_PROBE = "tuneloomprobe"
+
+
+class Codec:
+    """The tokenizer and chat template of one base. Thread-safe; holds no state of a request.
+
+    `stop_ids`: ids that end an answer. `context_length` and `vocab_size` are the model's own.
+    """
+
+    def __init__(self, tokenizer: Any, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+        """`tokenizer` is a transformers fast tokenizer; the mappings are `config.json`, `generation_config.json`."""
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._vocabulary = Vocabulary(self._backend)
+        text_config = config.get("text_config", config)
+        self.context_length: int = text_config["max_position_embeddings"]
+        self.vocab_size: int = text_config["vocab_size"]
+        self._bos_id = self._default_bos()
+        self._cut_after = self._find_cut()
+        end_of_turn = self._find_end_of_turn()
+        self.stop_ids = frozenset(
+            [
+                *_as_ids(config.get("eos_token_id")),
+                *_as_ids(text_config.get("eos_token_id")),
+                *_as_ids(generation.get("eos_token_id")),
+                *_as_ids(tokenizer.eos_token_id),
+                *_as_ids(end_of_turn),
+            ]
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "Codec":
+        """Read the tokenizer and configs in `folder`; nothing is downloaded and no code of the base is run."""
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise InvalidRequest(f"The base in {folder.name} has no fast tokenizer. Add its `tokenizer.json`.")
+        generation = folder / "generation_config.json"
+        return cls(
+            tokenizer,
+            json.loads((folder / "config.json").read_text(encoding="utf-8")),
+            json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {},
+        )
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """The ids of a conversation up to where the assistant's next answer begins.
+
+        Raises:
+            InvalidRequest: the template refuses the messages; it says why.
+            UnsupportedParameter: there are tools and the template knows none.
+        """
+        return self._encode(self._render(_plain(messages), tools, wants_answer=True))
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of plain text, with the special tokens that the tokenizer adds by default, BOS once."""
+        ids = self._backend.encode(text, add_special_tokens=True).ids
+        return ids[1:] if self._bos_id is not None and ids[:2] == [self._bos_id] * 2 else ids
+
+    def encode_training(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of a whole conversation, and which of them are learned.
+
+        Learned are the text of each assistant message and the token that ends its turn, unless the message has
+        `weight` 0. The ids before a learned answer equal `encode_chat` of the messages before it. A template may
+        rewrite earlier turns when later ones follow (drop their reasoning, say); answers for which the ids would
+        differ are not learned.
+
+        Raises:
+            InvalidRequest: no answer can be learned for that reason, or the template refuses the messages.
+        """
+        answers = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and m.get("weight", 1) != 0]
+        plain = _plain(messages)
+        text = self._render(plain, tools, wants_answer=False)
+        ids = self._encode(text)
+        mask = [False] * len(ids)
+        for i in answers:
+            start = self._stable_length(text, ids, self._render(plain[:i], tools, wants_answer=True)) if i else None
+            if start is not None:
+                after = self._stable_length(text, ids, self._render(plain[: i + 1], tools, wants_answer=False))
+                end = self._answer_end(ids, start, after)
+                mask[start:end] = [True] * (end - start)
+        if answers and not any(mask):
+            raise InvalidRequest(
+                "The base's chat template renders these messages so that no answer follows from what comes before it. "
+                "Start the conversation with a user message, and check the order of roles.",
+                param="messages",
+            )
+        return ids, mask
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self._vocabulary.decode(ids)
+
+    def token_text(self, id: int) -> tuple[str, bytes]:
+        """A token as text and as raw bytes; a special token is its name."""
+        data = self._vocabulary.token_bytes(id)
+        return data.decode("utf-8", "replace"), data
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._vocabulary
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of rendered text. The template is the authority on special tokens, but for a BOS that it forgot."""
+        ids: list[int] = []
+        for piece in _cut(text, self._cut_after):
+            ids += self._backend.encode(piece, add_special_tokens=False).ids
+        if self._bos_id is not None and ids[:1] != [self._bos_id]:
+            ids.insert(0, self._bos_id)
+        return ids
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]], *, wants_answer: bool
+    ) -> str:
+        from jinja2 import TemplateError
+
+        if not messages:
+            raise InvalidRequest("`messages` is empty. Send at least one message.", param="messages")
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest(
+                "This base has no chat template. Use /v1/completions, or an instruction-tuned base.", param="messages"
+            )
+        if tools and "tools" not in str(self._tokenizer.chat_template):
+            raise UnsupportedParameter("The chat template of this base has no place for `tools`.", param="tools")
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=wants_answer,
+                tokenize=False,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+            # Templates refuse by `raise_exception` and stumble over what they do not expect.
+            raise InvalidRequest(
+                f"The base's chat template refuses these messages: {error}", param="messages"
+            ) from error
+
+    def _stable_length(self, text: str, ids: list[int], prefix: str) -> int | None:
+        """How many of `ids` encode `prefix`, or None if it is no prefix of `text`, as text or as ids."""
+        if not text.startswith(prefix):
+            return None
+        prefix_ids = self._encode(prefix)
+        return len(prefix_ids) if ids[: len(prefix_ids)] == prefix_ids else None
+
+    def _answer_end(self, ids: list[int], start: int, after: int | None) -> int:
+        """The end of the answer at `start`: behind its end-of-turn token; what follows that in the turn is layout."""
+        limit = len(ids) if after is None else after
+        return next((at + 1 for at in range(start, limit) if ids[at] in self.stop_ids), limit)
+
+    def _default_bos(self) -> int | None:
+        """The BOS id if the tokenizer puts it before plain text."""
+        bos = self._tokenizer.bos_token_id
+        return bos if bos is not None and bos in self._backend.encode("", add_special_tokens=True).ids else None
+
+    def _find_cut(self) -> str:
+        """The generation prompt, after which rendered text is cut; empty where cutting would change the meaning."""
+        alone = self._backend.encode("a", add_special_tokens=False).ids
+        # Vocabularies that put a space before each piece of text would add one at each cut.
+        if self._vocabulary.strips_leading_space and self._vocabulary.token_bytes(alone[0]).startswith(b" "):
+            return ""
+        without = self._probe(wants_answer=False)
+        wanted = self._probe(wants_answer=True)
+        return wanted.removeprefix(without) if wanted.startswith(without) else ""
+
+    def _find_end_of_turn(self) -> int | None:
+        """The special token that the template writes right after an answer."""
+        tail = self._probe({"role": "assistant", "content": _PROBE}, wants_answer=False).rpartition(_PROBE)[2]
+        ids = self._backend.encode(tail, add_special_tokens=False).ids if tail else []
+        return ids[0] if ids and ids[0] in self._vocabulary.special_ids else None
+
+    def _probe(self, *more: dict[str, Any], wants_answer: bool) -> str:
+        if not self._tokenizer.chat_template:
+            return ""
+        try:
+            return self._render([{"role": "user", "content": "a"}, *more], (), wants_answer=wants_answer)
+        except InvalidRequest:
+            return ""
+
+
+class TextStream:
+    """Text of one growing answer. Deltas joined equal `codec.decode` of all ids, up to the first stop string.
+
+    A character is never split, and text that may turn out to be the start of a stop string is held back until it is
+    known. The stop string that is complete first wins; it is not part of the text.
+    """
+
+    def __init__(self, codec: Codec, stop: tuple[str, ...] = ()) -> None:
+        self._decoder = codec.vocabulary.decoder()
+        self._stop = tuple(s for s in stop if s)
+        self._held = ""
+        self._is_stopped = False
+
+    def push(self, ids: Iterable[int], final: bool = False) -> tuple[str, bool]:
+        """New text from `ids`, and whether a stop string has ended it. `final` flushes what is held back."""
+        if self._is_stopped:
+            return "", True
+        text = self._held + self._decoder.push(ids, final=final)
+        cut = self._first_stop(text)
+        if cut is not None:
+            self._held, self._is_stopped = "", True
+            return text[:cut], True
+        keep = 0 if final else self._possible_start(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def _first_stop(self, text: str) -> int | None:
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        return min(found)[1] if found else None
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of `text` that begins some stop string."""
+        longest = min(max((len(stop) for stop in self._stop), default=1) - 1, len(text))
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def _cut(text: str, after: str) -> list[str]:
+    """`text` in pieces, cut behind each occurrence of `after`."""
+    if not after:
+        return [text]
+    *pieces, last = text.split(after)
+    return [piece + after for piece in pieces] + ([last] if last else [])
+
+
+def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates expect them: text content, `system` for `developer`, tool arguments as objects."""
+    return [_plain_message(message) for message in messages]
+
+
+def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in message.items() if key != "weight" and value is not None}
+    content = message.get("content")
+    plain["content"] = content if isinstance(content, str) else "".join(map(_part_text, content or ()))
+    if plain.get("role") == "developer":
+        plain["role"] = "system"
+    if calls := plain.get("tool_calls"):
+        plain["tool_calls"] = [_plain_call(call) for call in calls]
+    return plain
+
+
+def _part_text(part: Mapping[str, Any]) -> str:
+    if part.get("type", "text") != "text":
+        raise InvalidRequest(f"Content of type `{part['type']}` is not supported. Send text.", param="messages")
+    return part["text"]
+
+
+def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call.get("function", {}))
+    if isinstance(function.get("arguments"), str):
+        try:
+            function["arguments"] = json.loads(function["arguments"])
+        except ValueError as error:
+            raise InvalidRequest("The `arguments` of a tool call are not JSON.", param="messages") from error
+    return {**call, "function": function}
+
+
+def _as_ids(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
