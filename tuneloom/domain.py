@@ -302,12 +302,16 @@ class ApiKey(Record):
 
 
 class Repeat(Record):
-    """What a create answered, so that its repetition answers the same. See `control.repeat`."""
+    """What a create answered, so that its repetition answers the same. See `control.repeat`.
+
+    `retry_count` is that of the request that wrote the row: 0 for a first try.
+    """
 
     collection: ClassVar[str] = "repeats"
     request_sha256: str
     result_id: str
     created_at: float
+    retry_count: int = 0
 
 
 def new_id(prefix: str, length: int = 24) -> str:
