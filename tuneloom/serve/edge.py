@@ -1,0 +1,156 @@
+"""The HTTP edge: every failure becomes one OpenAI error object, every answer has OpenAI's headers, bodies have a limit.
+
+No routes, no meaning of bodies.
+"""
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tuneloom.config import GatewaySettings
+from tuneloom.errors import InvalidRequest, NotFound, Overloaded, TooLarge, TuneloomError
+from tuneloom.serve.guard import REQUEST_ID
+from tuneloom.serve.sse import ClientGone
+from tuneloom.store.base import BlobExists, BlobNotFound
+
+logger = logging.getLogger(__name__)
+
+API_VERSION = "2020-10-01"
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "openai-version",
+    "openai-processing-ms",
+    "openai-organization",
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+)
+# Fields and boundaries of a multipart body, beside the file in it.
+MULTIPART_SLACK = 1 << 20
+CLIENT_CLOSED_REQUEST = 499
+
+
+def request_id(scope: Scope) -> str:
+    return Headers(scope=scope).get(REQUEST_ID, "")
+
+
+def as_tuneloom_error(error: Exception, request_id: str) -> TuneloomError:
+    """The error to answer with. What nobody expected is logged here, once, and says only where to find it."""
+    # A blob's absence is ours to explain: the person asked for a file or a model, and its records were there.
+    if isinstance(error, TuneloomError) and not isinstance(error, BlobNotFound | BlobExists):
+        if error.status >= 500:
+            logger.warning("request failed: %s %s: %s", request_id, type(error).__name__, error.message)
+        return error
+    logger.error("request failed unexpectedly: %s", request_id, exc_info=error)
+    return TuneloomError(
+        f"The server had an error while it worked on your request. Send it again; if it fails again, report the "
+        f"request id {request_id}."
+    )
+
+
+def error_response(error: TuneloomError) -> JSONResponse:
+    headers = {}
+    if error.should_retry is not None:
+        headers["x-should-retry"] = str(error.should_retry).lower()
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and isinstance(error, Overloaded):
+        retry_after_s = 1.0
+    if retry_after_s is not None:
+        headers["retry-after"] = str(math.ceil(retry_after_s))
+        headers["retry-after-ms"] = str(math.ceil(retry_after_s * 1000))
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def answer_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals (unknown URL, wrong method) in OpenAI's form."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        answer: TuneloomError = NotFound(f"Unknown request URL: {where}. Check the path.", code="unknown_url")
+    else:
+        text = f"Not allowed: {where}. Check the method." if error.status_code == 405 else str(error.detail)
+        answer = InvalidRequest(text, code="method_not_allowed" if error.status_code == 405 else None)
+        answer.status = error.status_code
+    response = error_response(answer)
+    response.headers.update(error.headers or {})
+    return response
+
+
+class Edge:
+    """ASGI: the one handler of errors, and the headers of every answer."""
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app = app
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state, started, is_sent = scope.setdefault("state", {}), self._clock(), False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal is_sent
+            if message["type"] == "http.response.start":
+                is_sent = True
+                headers = MutableHeaders(scope=message)
+                headers["openai-version"] = API_VERSION
+                headers["openai-processing-ms"] = str(round((self._clock() - started) * 1000))
+                if principal := state.get("principal"):
+                    headers["openai-organization"] = principal.owner
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except ClientGone:
+            await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send_with_headers)
+        except Exception as error:
+            answer = as_tuneloom_error(error, request_id(scope))
+            if is_sent:
+                # Too late for an answer. Only a connection that breaks off says that this one is not whole.
+                raise
+            await error_response(answer)(scope, receive, send_with_headers)
+
+
+class BodyLimit:
+    """ASGI: no more of a body is read than its URL may need; what is longer is refused while it arrives."""
+
+    def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
+        self._app = app
+        self._limits = (
+            (re.compile(r"/v1/files/?"), settings.max_file_bytes + MULTIPART_SLACK),
+            (re.compile(r"/v1/uploads/[^/]+/parts/?"), settings.max_part_bytes + MULTIPART_SLACK),
+            (re.compile(r".*", re.DOTALL), settings.max_body_bytes),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = next(limit for path, limit in self._limits if path.fullmatch(scope["path"]))
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+            raise _too_large(limit)
+        seen = 0
+
+        async def receive_up_to_limit() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise _too_large(limit)
+            return message
+
+        await self._app(scope, receive_up_to_limit, send)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body is larger than {limit} bytes, the most that this URL takes. Send less.")

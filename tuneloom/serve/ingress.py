@@ -1,0 +1,228 @@
+"""The HTTP service as one Starlette application: what each URL does, in which order. Imports neither torch nor Ray's app.
+
+A generation goes: key -> Principal -> body -> Call -> Target -> frames of a base -> OpenAI's objects.
+"""
+
+import asyncio
+import functools
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tuneloom.config import Settings
+from tuneloom.control.api import ApiContext
+from tuneloom.control.api import routes as control_routes
+from tuneloom.domain import Principal, Target
+from tuneloom.errors import TuneloomError
+from tuneloom.generation import Finished, Frame, GenerationRequest
+from tuneloom.serve import edge, sse
+from tuneloom.serve.answers import Answer, ChatAnswer, CompletionAnswer
+from tuneloom.serve.auth import Authentication, Keys
+from tuneloom.serve.body import parse_object
+from tuneloom.serve.guard import Guard
+from tuneloom.serve.openai import Call, parse_chat, parse_completion
+from tuneloom.serve.resolve import Resolver
+from tuneloom.serve.upstream import Bases, collect, frames
+from tuneloom.store import Store
+
+READY_TIMEOUT_S = 3.0
+# A larger body is parsed in a thread, so that it holds up nobody else.
+LARGE_BODY_BYTES = 256 << 10
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the application works with. `bases` finds a base by id; `poke` wakes the control loop and never fails."""
+
+    settings: Settings
+    store: Store
+    pepper: bytes
+    bases: Bases
+    poke: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One of OpenAI's two ways to ask for text."""
+
+    parse: Callable[[dict[str, Any], str | None], Call]
+    answer: Callable[[Call, Target], Answer]
+
+
+CHAT = Dialect(parse_chat, ChatAnswer)
+COMPLETION = Dialect(parse_completion, CompletionAnswer)
+
+
+def make_app(context: Context) -> Starlette:
+    service = _Service(context)
+    chat, completion = (functools.partial(service.generate, dialect) for dialect in (CHAT, COMPLETION))
+    gateway = context.settings.gateway
+    return Starlette(
+        routes=[
+            Route("/healthz", service.live),
+            Route("/readyz", service.ready),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/completions", completion, methods=["POST"]),
+            *control_routes(ApiContext(context.settings, context.store, context.pepper, context.poke)),
+            # A model's name may hold slashes, so these come after everything that has a URL of its own.
+            Route("/v1/{model:path}/chat/completions", chat, methods=["POST"]),
+            Route("/v1/{model:path}/completions", completion, methods=["POST"]),
+            Route("/v1/{model:path}/models", service.models_of),
+        ],
+        middleware=[
+            Middleware(Guard),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(gateway.cors_origins),
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=edge.EXPOSED_HEADERS,
+            ),
+            Middleware(edge.Edge),
+            Middleware(edge.BodyLimit, settings=gateway),
+            Middleware(
+                Authentication, keys=Keys(context.store.records, context.pepper, cache_s=gateway.key_cache_s)
+            ),
+        ],
+        exception_handlers={HTTPException: edge.answer_http_exception},
+    )
+
+
+class _Service:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        settings = context.settings
+        self._resolver = Resolver(
+            context.store.records, frozenset(base.id for base in settings.bases), settings.base_aliases
+        )
+
+    async def generate(self, dialect: Dialect, request: Request) -> Response:
+        """Parse, resolve, then relay: the status goes out when the base has accepted the request, not before."""
+        principal: Principal = request.state.principal
+        principal.require("inference")
+        call = await _read_call(dialect, request)
+        target = await self._resolve(call.model, principal)
+        work = GenerationRequest(
+            id=edge.request_id(request.scope),
+            prompts=call.prompts,
+            params=call.params,
+            owner=principal.owner,
+            adapter=target.adapter,
+            echo=call.echo,
+            deadline_s=self._context.settings.gateway.request_timeout_s,
+        )
+        answer = dialect.answer(call, target)
+        if not call.stream:
+            whole = await sse.until_disconnect(request.receive, collect(self._context.bases, target, work))
+            return JSONResponse(answer.whole(whole))
+        stream = frames(self._context.bases, target, work)
+        try:
+            await sse.until_disconnect(request.receive, anext(stream))
+        except BaseException:
+            await stream.aclose()
+            raise
+        describe = functools.partial(_describe, edge.request_id(request.scope))
+        return sse.EventStream(sse.with_heartbeats(sse.guarded(_events(answer, stream), describe)))
+
+    async def models_of(self, request: Request) -> Response:
+        """The list for a client whose base URL is that of one model: that model."""
+        name = request.path_params["model"]
+        target = await self._resolve(name, request.state.principal)
+        entry = {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": request.state.principal.owner if target.adapter else "tuneloom",
+            "root": target.base,
+            "parent": target.base if target.adapter else None,
+        }
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def live(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 if the store and every base answer now; else 503 and which do not."""
+        ids = [base.id for base in self._context.settings.bases]
+        checks = {
+            "store": anyio.to_thread.run_sync(self._context.store.records.keys.find, "key_none"),
+            **{base_id: self._context.bases(base_id).stats() for base_id in ids},
+        }
+        results = await asyncio.gather(*(_is_answered(check) for check in checks.values()))
+        failing = sorted(name for name, is_ok in zip(checks, results, strict=True) if not is_ok)
+        if failing:
+            return JSONResponse({"status": "not ready", "failing": failing}, 503, {"retry-after": "1"})
+        return JSONResponse({"status": "ok"})
+
+    async def _resolve(self, name: str, principal: Principal) -> Target:
+        return await anyio.to_thread.run_sync(self._resolver.resolve, name, principal)
+
+
+async def _read_call(dialect: Dialect, request: Request) -> Call:
+    raw = await request.body()
+    model = request.path_params.get("model")
+    if len(raw) > LARGE_BODY_BYTES:
+        return await anyio.to_thread.run_sync(lambda: dialect.parse(parse_object(raw), model))
+    return dialect.parse(parse_object(raw), model)
+
+
+async def _events(answer: Answer, stream: AsyncGenerator[Frame, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(stream):
+        for chunk in answer.opening():
+            yield sse.event(chunk)
+        async for frame in stream:
+            if isinstance(frame, Finished):
+                for chunk in answer.closing(frame.usage):
+                    yield sse.event(chunk)
+            elif isinstance(frame, list):
+                for delta in frame:
+                    for chunk in answer.chunks(delta):
+                        yield sse.event(chunk)
+
+
+def _describe(request_id: str, error: Exception) -> Mapping[str, Any]:
+    return edge.as_tuneloom_error(error, request_id).body()
+
+
+async def _is_answered(check: Any) -> bool:
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            await check
+    except (TimeoutError, TuneloomError, OSError):
+        return False
+    except Exception:
+        edge.logger.exception("a readiness check failed unexpectedly")
+        return False
+    return True
+
+
+class Gateway:
+    """The Serve deployment of the application. Serve builds it in the replica; it is never pickled."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        from tuneloom.config import read_pepper
+        from tuneloom.serve.upstream import serve_bases
+        from tuneloom.store import open_store
+
+        self._settings = Settings.model_validate(settings)
+        self._store = open_store(self._settings)
+        self._pepper = read_pepper(self._settings)
+        self._bases = serve_bases()
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return make_app(Context(self._settings, self._store, self._pepper, self._bases, _Poke()))
+
+    async def check_health(self) -> None:
+        """Raises unless the store answers."""
+        async with asyncio.timeout(10):
+            await anyio.to_thread.run_sync(self._store.records.keys.find, "key_none")

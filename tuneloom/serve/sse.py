@@ -1,0 +1,120 @@
+"""Server-sent events: framing, heartbeats, errors as events, and the end of a stream when its reader leaves.
+
+Knows nothing of what the events say.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+HEARTBEAT_S = 15.0
+HEARTBEAT = b": waiting\n\n"
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads an answer."""
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def guarded(
+    events: AsyncGenerator[bytes, None], describe: Callable[[Exception], Mapping[str, Any]]
+) -> AsyncGenerator[bytes, None]:
+    """`events` and the end mark; a failure becomes an error event, since the status is out already."""
+    try:
+        async for data in events:
+            yield data
+    except Exception as error:
+        yield event(describe(error))
+    finally:
+        await events.aclose()
+    yield DONE
+
+
+async def with_heartbeats(
+    events: AsyncGenerator[bytes, None], every_s: float = HEARTBEAT_S
+) -> AsyncGenerator[bytes, None]:
+    """`events`, with a comment in each silence of `every_s`, so that no proxy between takes the stream for dead."""
+    coming: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(events))
+            while not (await asyncio.wait({coming}, timeout=every_s))[0]:
+                yield HEARTBEAT
+            try:
+                data = coming.result()
+            except StopAsyncIteration:
+                return
+            yield data
+    finally:
+        if coming is not None:
+            await _end(coming)
+        await events.aclose()
+
+
+class EventStream(Response):
+    """Sends events as they come. When the client leaves or sending fails, `events` is closed before this returns."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await until_disconnect(receive, self._pump(send))
+        except (ClientGone, OSError):
+            pass
+        finally:
+            await self._events.aclose()
+
+    async def _pump(self, send: Send) -> None:
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`; cancels it and raises ClientGone if the client leaves first. The body was read before."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        await _end(working)
+        await _end(watching)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait until it has cleaned up; its result was used, or is of no use."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
+
+
+async def each(events: AsyncIterator[Mapping[str, Any]]) -> AsyncGenerator[bytes, None]:
+    async for data in events:
+        yield event(data)
