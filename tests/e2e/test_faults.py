@@ -1,0 +1,163 @@
+"""Processes die without warning; jobs end once and truly, streams end in an error event, the service comes back."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import (
+    BASE,
+    Home,
+    all_events,
+    rows_jsonl,
+    start_job,
+    steps_of,
+    wait_for,
+    wait_for_job,
+)
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+REPLICA = {
+    "control": ("ServeReplica:control",),
+    "ingress": ("ServeReplica:gateway",),
+    "base": ("ServeReplica:base-",),
+    "driver": ("-m", "tuneloom.train"),
+    "worker": ("RayTrainWorker",),
+}
+AFTER_STEPS = {"start": 1, "middle": 60}
+EPOCHS, ROWS = 8, 100
+TOTAL_STEPS = EPOCHS * ROWS // 4
+
+
+def answers(home: Home) -> bool:
+    reply = home.client(max_retries=0).chat.completions.create(
+        model=BASE, messages=[{"role": "user", "content": "hello"}], max_tokens=2
+    )
+    return bool(reply.choices)
+
+
+def is_ready(home: Home) -> bool:
+    return httpx.get(f"{home.state.api_url}/readyz", timeout=5).status_code == 200
+
+
+def check_ended_well(client: openai.OpenAI, job_id: str, suffix: str) -> None:
+    """Succeeded once: one Version, each step reported once, every file still there."""
+    job = wait_for_job(client, job_id, "succeeded", timeout_s=300)
+    assert steps_of(all_events(client, job_id)) == list(range(1, TOTAL_STEPS + 1))
+    versions = [model.id for model in client.models.list() if model.id.startswith(f"{suffix}@")]
+    assert versions == [f"{suffix}@v1"]
+    for file_id in [job.training_file, *job.result_files]:
+        assert client.files.content(file_id).read()
+    assert (
+        sum(event.message.startswith("The job has successfully completed") for event in all_events(client, job_id)) == 1
+    )
+
+
+@pytest.mark.parametrize("victim", ["worker", "driver", "control", "ingress"])
+@pytest.mark.parametrize("moment", ["start", "middle"])
+def test_a_job_survives_a_killed_process(home: Home, victim: str, moment: str) -> None:
+    client = home.client(max_retries=8)
+    suffix = f"{victim}-{moment}"
+    job = start_job(client, rows_jsonl(ROWS), suffix=suffix, epochs=EPOCHS, checkpoint_every_steps=25)
+    wait_for("steps", lambda: len(steps_of(all_events(client, job.id))) >= AFTER_STEPS[moment], 240, 0.1)
+
+    home.kill(*REPLICA[victim])
+
+    check_ended_well(client, job.id, suffix)
+    wait_for("an answer", lambda: answers(home), 60)
+
+
+def stream(home: Home, tokens: int = 400) -> Iterator[Any]:
+    return iter(
+        home.client(max_retries=0).chat.completions.create(
+            model=BASE,
+            messages=[{"role": "user", "content": "rain"}],
+            max_tokens=tokens,
+            temperature=1.5,
+            logit_bias={"2": -100},
+            stream=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("after_chunks", [1, 10])
+def test_streams_of_a_killed_base_replica_end_in_an_error_event(home: Home, after_chunks: int) -> None:
+    wait_for("an answer", lambda: answers(home), 60)
+    streams = [stream(home) for _ in range(4)]
+    for open_stream in streams:
+        for _ in range(after_chunks):
+            next(open_stream)
+
+    home.kill(*REPLICA["base"])
+
+    for open_stream in streams:
+        with pytest.raises(openai.APIError) as error:
+            for _ in open_stream:
+                pass
+        assert not isinstance(error.value, openai.APIConnectionError), "the stream broke without an error event"
+    wait_for("an answer", lambda: answers(home), 60)
+
+
+def test_the_service_answers_again_within_60_s_after_each_replica_is_killed(home: Home) -> None:
+    for victim in ("ingress", "base", "control"):
+        home.kill(*REPLICA[victim])
+        wait_for(f"an answer after {victim}", lambda: answers(home), 60)
+        wait_for(f"ready after {victim}", lambda: is_ready(home), 60)
+
+
+@pytest.mark.parametrize("moment", ["start", "middle"])
+def test_a_power_cut_loses_nothing(home: Home, moment: str) -> None:
+    client = home.client(max_retries=8)
+    suffix = f"power-{moment}"
+    kept = client.files.create(file=("kept.jsonl", rows_jsonl(10)), purpose="fine-tune")
+    job = start_job(client, rows_jsonl(ROWS), suffix=suffix, epochs=EPOCHS, checkpoint_every_steps=25)
+    wait_for("steps", lambda: len(steps_of(all_events(client, job.id))) >= AFTER_STEPS[moment], 240, 0.1)
+    seen = {event.id for event in all_events(client, job.id)}
+
+    home.kill()
+    wait_for("all dead", lambda: not home.pids(), 20)
+    home.run("up")
+
+    client = home.client(max_retries=8)
+    assert client.files.content(kept.id).read() == rows_jsonl(10)
+    check_ended_well(client, job.id, suffix)
+    events = all_events(client, job.id)
+    assert seen <= {event.id for event in events}
+    if moment == "middle":
+        assert any("resum" in event.message.lower() for event in events)
+
+
+def test_a_closed_stream_frees_its_place(home: Home) -> None:
+    wait_for("an answer", lambda: answers(home), 60)
+    for _ in range(3):
+        streams = [stream(home, tokens=450) for _ in range(16)]
+        for open_stream in streams:
+            next(open_stream)
+        for open_stream in streams:
+            open_stream.close()
+        del streams
+        # Sixteen fill every place: the next is answered only if they were freed.
+        started = time.monotonic()
+        assert answers(home)
+        assert time.monotonic() - started < 30
+
+
+def test_no_request_waits_for_another_to_finish(home: Home) -> None:
+    long = stream(home, tokens=450)
+    next(long)
+    done = threading.Event()
+
+    def drain() -> None:
+        for _ in long:
+            pass
+        done.set()
+
+    threading.Thread(target=drain, daemon=True).start()
+    assert answers(home)
+    assert not done.is_set()
+    assert done.wait(120)
