@@ -12,10 +12,9 @@ _PREFERENCE_KEYS = {"preferred_output", "non_preferred_output", "preferred_compl
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them. `learned[i]` says whether the i-th assistant message is learned."""
+    """Messages as a chat template takes them; an assistant message with `weight` 0 is not learned."""
 
     messages: tuple[dict[str, Any], ...]
-    learned: tuple[bool, ...]
     tools: tuple[dict[str, Any], ...] = ()
 
 
@@ -94,16 +93,15 @@ def _text(data: dict[str, Any]) -> Row:
 
 
 def _turn(question: str, answer: str) -> Conversation:
-    return Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}), (True,))
+    return Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
 
 
 def _conversation(messages: list[dict[str, Any]], tools: tuple[dict[str, Any], ...], name: str) -> Conversation:
-    learned = tuple(m.get("weight", 1) == 1 for m in messages if m["role"] == "assistant")
-    if not learned:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise Wrong(f"`{name}` has no message with the role `assistant`: there is nothing to learn.")
     if messages[-1]["role"] != "assistant":
         raise Wrong(f"The last message of `{name}` has the role `{messages[-1]['role']}`; it must be `assistant`.")
-    if not any(learned):
+    if all(answer.get("weight") == 0 for answer in answers):
         raise Wrong("Every assistant message has `weight` 0: there is nothing to learn.")
-    plain = tuple({key: value for key, value in m.items() if key != "weight"} for m in messages)
-    return Conversation(plain, learned, tools)
+    return Conversation(tuple(messages), tools)

@@ -58,7 +58,9 @@ def _assistant(value: dict[str, Any], where: str) -> dict[str, Any]:
     text = "" if content is None else _content({"content": content}, where)
     if not text and not calls:
         raise Wrong(f"{where}: `content` is empty: there is nothing to learn.")
-    message: dict[str, Any] = {"role": "assistant", "content": text, "weight": int(weight)}
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if weight == 0:
+        message["weight"] = 0
     if value.get("name") is not None:
         message["name"] = value["name"]
     return message | ({"tool_calls": calls} if calls else {})
