@@ -1,0 +1,41 @@
+"""The HTTP API of control: files, uploads, fine-tuning, models, keys.
+
+It runs in the ingress process, over the store alone: what it writes are intents, and control's reconcile, which may
+be down, carries them out. Every endpoint finds `request.state.principal` and raises `TuneloomError`s.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tuneloom.control.api_files import FilesApi
+from tuneloom.control.api_jobs import JobsApi
+from tuneloom.control.api_keys import KeysApi
+from tuneloom.control.api_models import ModelsApi
+from tuneloom.control.context import ApiContext
+
+__all__ = ["ApiContext", "routes"]
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def routes(context: ApiContext) -> list[Route]:
+    apis = (FilesApi(context), JobsApi(context), ModelsApi(context), KeysApi(context))
+    return [
+        Route(route.path, _stamped(route.endpoint), methods=sorted(route.methods or ()))
+        for api in apis
+        for route in api.routes()
+    ]
+
+
+def _stamped(endpoint: Endpoint) -> Endpoint:
+    """Note when a request came, before its body is read: what was created since may be its own retry's work."""
+
+    async def handle(request: Request) -> Response:
+        request.state.arrived_at = time.time()
+        return await endpoint(request)
+
+    return handle

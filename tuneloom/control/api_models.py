@@ -1,0 +1,313 @@
+"""`/v1/models`, and our own `/v1/tuneloom/models`: versions, activation, adapters in and out."""
+
+import json
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from tuneloom.bases import catalogue, get_base
+from tuneloom.control import models, repeat
+from tuneloom.control.body import Body, Form, digest, identify, parse, read_form, read_json
+from tuneloom.control.context import ApiContext, caller, in_thread
+from tuneloom.control.models import Named
+from tuneloom.domain import AdapterRef, Model, Version, check_model_name, version_id
+from tuneloom.errors import InvalidRequest, MissingParameter, ModelNotFound, PermissionDenied, UnknownParameter
+from tuneloom.store.artifacts import ADAPTER_FILES, fetch_adapter
+from tuneloom.store.base import BlobNotFound, Write
+
+CHUNK_BYTES = 1 << 20
+
+
+class Activate(Body):
+    version: int = Field(ge=1)
+
+
+class ModelsApi:
+    """Each method is one endpoint."""
+
+    def __init__(self, context: ApiContext) -> None:
+        self._context = context
+        self._store = context.store
+        self._records = context.store.records
+
+    def routes(self) -> list[Route]:
+        ours = "/v1/tuneloom/models"
+        return [
+            Route("/v1/models", self.list, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.retrieve, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.delete, methods=["DELETE"]),
+            Route(ours, self.list_versions, methods=["GET"]),
+            Route(ours + "/import", self.import_adapter, methods=["POST"]),
+            Route(ours + "/{name}/activate", self.activate, methods=["POST"]),
+            Route(ours + "/{name}/rollback", self.rollback, methods=["POST"]),
+            Route(ours + "/{name:path}/adapter", self.download, methods=["GET"]),
+            Route(ours + "/{name}", self.retrieve_versions, methods=["GET"]),
+        ]
+
+    async def list(self, request: Request) -> Response:
+        return JSONResponse(await in_thread(self._list, caller(request).owner))
+
+    def _list(self, owner: str) -> dict[str, Any]:
+        data = self._bases()
+        versions = {version.id: version for version in models.list_versions(self._records, owner)}
+        for model in models.list_models(self._records, owner):
+            active = versions.get(version_id(owner, model.name, model.active or 0))
+            if active is not None:
+                data.append(show_version(active, model.name))
+        for version in versions.values():
+            data += [show_version(version, version.pinned_name), show_version(version, version.ft_name)]
+        return {"object": "list", "data": data}
+
+    def _bases(self) -> list[dict[str, Any]]:
+        """The bases that are served, and the aliases of those."""
+        known = catalogue(self._context.bases_dir)
+        served = {base.id: known.get(base.id) for base in self._context.settings.bases}
+        names = [(id, id) for id in served]
+        names += [(alias, id) for alias, id in self._context.settings.base_aliases.items() if id in served]
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "tuneloom",
+                "root": id,
+                "parent": None,
+                "max_model_len": entry.context_length if (entry := served[id]) else None,
+            }
+            for name, id in names
+        ]
+
+    async def retrieve(self, request: Request) -> Response:
+        return JSONResponse(await in_thread(self._retrieve, caller(request).owner, request.path_params["name"]))
+
+    def _retrieve(self, owner: str, name: str) -> dict[str, Any]:
+        for base in self._bases():
+            if base["id"] == name:
+                return base
+        found = self._find(owner, name)
+        if found.checkpoint is not None:
+            checkpoint = found.checkpoint.value
+            return _show(name, owner, checkpoint.base, checkpoint.created_at, checkpoint.adapter)
+        if found.version is None:
+            raise ModelNotFound.named(name)
+        return show_version(found.version.value, name)
+
+    async def delete(self, request: Request) -> Response:
+        owner, name = caller(request, "training").owner, request.path_params["name"]
+        if self._context.find_base(name) is not None:
+            raise PermissionDenied(
+                f"`{name}` is a base model and cannot be deleted through the API. "
+                "The bases are set in the configuration of the installation.",
+                param="model",
+            )
+        await in_thread(models.delete, self._store, owner, name)
+        return JSONResponse({"id": name, "object": "model", "deleted": True})
+
+    async def list_versions(self, request: Request) -> Response:
+        owner = caller(request).owner
+
+        def read() -> list[dict[str, Any]]:
+            versions = models.list_versions(self._records, owner)
+            return [
+                show_model(model, [version for version in versions if version.model == model.name])
+                for model in models.list_models(self._records, owner)
+            ]
+
+        return JSONResponse({"object": "list", "data": await in_thread(read)})
+
+    async def retrieve_versions(self, request: Request) -> Response:
+        owner, name = caller(request).owner, request.path_params["name"]
+        return JSONResponse(await in_thread(self._show, owner, name))
+
+    async def activate(self, request: Request) -> Response:
+        owner, name = caller(request, "training").owner, request.path_params["name"]
+        body = parse(Activate, await read_json(request, self._context.settings.gateway.max_body_bytes))
+        await in_thread(models.activate, self._records, owner, name, body.version)
+        return JSONResponse(await in_thread(self._show, owner, name))
+
+    async def rollback(self, request: Request) -> Response:
+        owner, name = caller(request, "training").owner, request.path_params["name"]
+        await in_thread(models.rollback, self._records, owner, name)
+        return JSONResponse(await in_thread(self._show, owner, name))
+
+    async def import_adapter(self, request: Request) -> Response:
+        owner = caller(request, "training").owner
+        limit = self._context.settings.gateway.max_file_bytes
+        async with read_form(request, limit, max_files=len(ADAPTER_FILES)) as form:
+            version = await in_thread(self._import, request, owner, form)
+        return JSONResponse({**show_version(version, version.pinned_name), "version": version.number})
+
+    def _import(self, request: Request, owner: str, form: Form) -> Version:
+        name = check_model_name(form.field("name"), param="name")
+        self._context.check_free_name(name, param="name")
+        for field in form.fields:
+            if field not in ("name", "base"):
+                raise UnknownParameter(f"Unknown parameter: `{field[:100]}`.", param=field[:100])
+        with tempfile.TemporaryDirectory(prefix="tuneloom-import-") as folder:
+            hashes = _unpack(form, Path(folder))
+            settings = self._context.get_base(form.fields.get("base") or _base_named_in(Path(folder)), param="base")
+            base = get_base(self._context.bases_dir, settings.id)
+            add = models.draft_import(self._store, owner, base, name, Path(folder), max_rank=settings.engine.max_rank)
+
+        def make() -> tuple[str, Version, tuple[Write, ...]]:
+            addition = add()
+            return addition.version.id, addition.version, addition.writes
+
+        asked = identify(request, owner, digest(name, base.id, *hashes))
+        return repeat.create_once(self._records, asked, make, lambda id: self._records.versions.get(id).value)
+
+    async def download(self, request: Request) -> Response:
+        """The adapter as a zip of a plain PEFT folder."""
+        owner, name = caller(request).owner, request.path_params["name"]
+        archive = await in_thread(self._pack, owner, name)
+        size = archive.stat().st_size
+
+        async def chunks() -> AsyncIterator[bytes]:
+            try:
+                with archive.open("rb") as source:
+                    while chunk := await in_thread(source.read, CHUNK_BYTES):
+                        yield chunk
+            finally:
+                shutil.rmtree(archive.parent, ignore_errors=True)
+
+        filename = "".join(char if char.isalnum() and char.isascii() or char in "-._" else "-" for char in name)
+        headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{filename}.zip"'}
+        return StreamingResponse(chunks(), media_type="application/zip", headers=headers)
+
+    def _pack(self, owner: str, name: str) -> Path:
+        found = self._find(owner, name)
+        holder = found.version or found.checkpoint
+        if holder is None:
+            raise ModelNotFound.named(name)
+        work = Path(tempfile.mkdtemp(prefix="tuneloom-adapter-"))
+        try:
+            folder = fetch_adapter(self._store.blobs, holder.value.adapter, work / "cache")
+            return write_archive(work / "adapter.zip", folder, name, holder.value.base)
+        except BlobNotFound as error:
+            shutil.rmtree(work, ignore_errors=True)
+            raise ModelNotFound.named(name) from error
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+    def _find(self, owner: str, name: str) -> Named:
+        found = models.find_named(self._records, owner, name)
+        if found is None:
+            raise ModelNotFound.named(name)
+        return found
+
+    def _show(self, owner: str, name: str) -> dict[str, Any]:
+        model = models.get_model(self._records, owner, name).value
+        return show_model(model, models.list_versions(self._records, owner, name))
+
+
+def show_version(version: Version, name: str) -> dict[str, Any]:
+    """The model object of OpenAI for one of the names of a Version."""
+    return _show(name, version.owner, version.base, version.created_at, version.adapter)
+
+
+def show_model(model: Model, versions: list[Version]) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "tuneloom.model",
+        "created": int(model.created_at),
+        "base": model.base,
+        "active": model.active,
+        "versions": [
+            {
+                "version": version.number,
+                "name": version.pinned_name,
+                "fine_tuned_model": version.ft_name,
+                "active": version.number == model.active,
+                "created": int(version.created_at),
+                "job_id": version.job_id,
+                "rank": version.adapter.rank,
+                "bytes": version.adapter.size_bytes,
+                "sha256": version.adapter.sha256,
+                "metrics": version.metrics,
+            }
+            for version in versions
+        ],
+    }
+
+
+def write_archive(path: Path, folder: Path, name: str, base: str) -> Path:
+    """A zip of the adapter in `folder` whose config names the base by its id, and a README that says how to load it."""
+    config_name, weights_name = ADAPTER_FILES
+    config = json.loads((folder / config_name).read_bytes())
+    config["base_model_name_or_path"] = base
+    # Weights hardly compress: stored, the archive costs no time.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(config_name, json.dumps(config, indent=2) + "\n")
+        archive.write(folder / weights_name, weights_name)
+        archive.writestr("README.md", _readme(name, base))
+    return path
+
+
+def _readme(name: str, base: str) -> str:
+    return f"""---
+base_model: {base}
+library_name: peft
+---
+
+# {name}
+
+A LoRA adapter of `{base}`, trained by tuneloom on {time.strftime("%Y-%m-%d", time.gmtime())} or earlier.
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")
+```
+"""
+
+
+def _show(name: str, owner: str, base: str, created_at: float, adapter: AdapterRef) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(created_at),
+        "owned_by": owner,
+        "root": base,
+        "parent": base,
+        "tuneloom": {"adapter_sha256": adapter.sha256, "rank": adapter.rank},
+    }
+
+
+def _unpack(form: Form, folder: Path) -> list[str]:
+    """Write the two files of an adapter to `folder`; they are known by their file names. Returns their hashes."""
+    by_name = {part.filename: part for part in form.parts.values()}
+    for name in by_name:
+        if name not in ADAPTER_FILES:
+            raise InvalidRequest(
+                f"Unexpected file {name[:80]!r}. Send `{'` and `'.join(ADAPTER_FILES)}`.", param="file"
+            )
+    hashes = []
+    for name in ADAPTER_FILES:
+        if name not in by_name:
+            raise MissingParameter(f"The file `{name}` is missing.", param="file")
+        with (folder / name).open("wb") as target:
+            for chunk in by_name[name].chunks():
+                target.write(chunk)
+        hashes.append(by_name[name].sha256())
+    return hashes
+
+
+def _base_named_in(folder: Path) -> str:
+    """The base that an adapter's config names."""
+    try:
+        base = json.loads((folder / ADAPTER_FILES[0]).read_bytes())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise MissingParameter("Say which `base` the adapter is for; its config does not name one.", param="base")
+    return base

@@ -1,0 +1,172 @@
+"""Checking the files of jobs in the background: one short-lived process per job, with a time limit.
+
+The process is `python -m tuneloom.train.check`; it needs the tokenizer, so control does not do it itself. Nothing is
+kept: a restarted control checks again. No records; who asks decides what a report means.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from pydantic import BaseModel, ValidationError
+
+from tuneloom.domain import JobError
+
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", "tuneloom.train.check")
+MAX_CRASHES = 3
+MAX_AT_ONCE = 2
+
+
+class Problem(BaseModel):
+    """One bad line of a file; `param` says of which."""
+
+    param: str | None = None
+    line: int | None = None
+    message: str
+
+    @property
+    def text(self) -> str:
+        return self.message if self.line is None else f"line {self.line}: {self.message}"
+
+
+class CheckReport(BaseModel):
+    """What the check found, as the process prints it."""
+
+    ok: bool
+    error: JobError | None = None
+    problems: list[Problem] = []
+    rows: int = 0
+    tokens: int = 0
+    warnings: list[str] = []
+
+
+class Checker(Protocol):
+    def check(self, job_id: str) -> CheckReport | None:
+        """The report on a job's files, or None while it is being made. Starts the work if need be; never blocks."""
+        ...
+
+    def forget(self, job_id: str) -> None:
+        """Drop what is known of a job and end its process."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Run:
+    process: subprocess.Popen
+    output: IO[bytes]
+    errors: IO[bytes]
+    deadline: float
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(timeout=10)
+        self.output.close()
+        self.errors.close()
+
+
+class ProcessChecker:
+    """Runs the check of each job in a process of its own, a few at once. Used from one thread."""
+
+    def __init__(
+        self,
+        home: Path,
+        timeout_s: float,
+        *,
+        command: Sequence[str] = COMMAND,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._home = home
+        self._timeout_s = timeout_s
+        self._command = list(command)
+        self._clock = clock
+        self._runs: dict[str, _Run] = {}
+        self._crashes: dict[str, int] = {}
+
+    def check(self, job_id: str) -> CheckReport | None:
+        run = self._runs.get(job_id)
+        if run is None:
+            if len(self._runs) < MAX_AT_ONCE:
+                self._runs[job_id] = self._start(job_id)
+            return None
+        if run.process.poll() is None:
+            if self._clock() < run.deadline:
+                return None
+            self.forget(job_id)
+            return _failure(
+                "file_check_timeout",
+                f"Checking the files took longer than {self._timeout_s:.0f} s. Use smaller files.",
+            )
+        report = _read(run)
+        self._drop(job_id)
+        if report is None:
+            return self._crashed(job_id)
+        self._crashes.pop(job_id, None)
+        return report
+
+    def forget(self, job_id: str) -> None:
+        self._drop(job_id)
+        self._crashes.pop(job_id, None)
+
+    def close(self) -> None:
+        for job_id in list(self._runs):
+            self.forget(job_id)
+
+    def _start(self, job_id: str) -> _Run:
+        # Closed by `_Run.close`: they live as long as the process.
+        output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            env={**os.environ, "TUNELOOM_HOME": str(self._home), "TUNELOOM_JOB": job_id},
+        )
+        return _Run(process, output, errors, self._clock() + self._timeout_s)
+
+    def _drop(self, job_id: str) -> None:
+        run = self._runs.pop(job_id, None)
+        if run is not None:
+            run.close()
+
+    def _crashed(self, job_id: str) -> CheckReport | None:
+        """None to try again; the last time, a report that says so."""
+        self._crashes[job_id] = self._crashes.get(job_id, 0) + 1
+        if self._crashes[job_id] < MAX_CRASHES:
+            return None
+        del self._crashes[job_id]
+        return _failure(
+            "file_check_failed", "The files could not be checked; the check itself failed. Try again later."
+        )
+
+
+def _read(run: _Run) -> CheckReport | None:
+    """The report on the last line of the output; None if the process crashed before it."""
+    if run.process.returncode == 0:
+        run.output.seek(0)
+        lines = run.output.read().splitlines()
+        try:
+            return CheckReport.model_validate(json.loads(lines[-1]))
+        except (IndexError, ValueError, ValidationError) as error:
+            logger.error("file check gave no report: %s", error)
+            return None
+    run.errors.seek(0, os.SEEK_END)
+    run.errors.seek(max(0, run.errors.tell() - 4000))
+    logger.error("file check ended with %s: %s", run.process.returncode, run.errors.read().decode(errors="replace"))
+    return None
+
+
+def _failure(code: str, message: str) -> CheckReport:
+    return CheckReport(ok=False, error=JobError(code=code, message=message))

@@ -1,0 +1,175 @@
+"""Where attempts run. The seam `Launcher`, and its implementation on Ray's Jobs API. No records, no decisions.
+
+A handle is the job's `submission_id`, known before the launch, so that every call can be repeated by anybody.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tuneloom.domain import Job, model_name
+from tuneloom.errors import TuneloomError
+
+ENTRYPOINT = "exec python -m tuneloom.train"
+STOP_WAIT_S = 30
+REQUEST_TIMEOUT_S = 15.0
+
+_ALIVE = frozenset({"PENDING", "RUNNING"})
+_FINISHED = frozenset({"SUCCEEDED", "STOPPED"})
+
+
+class LauncherUnavailable(TuneloomError):
+    """The launcher does not answer: nothing is known about its attempts."""
+
+    status = 503
+    code = "launcher_unavailable"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the launcher knows of a handle. `unknown`: it never had it, or has forgotten it; nothing of it runs."""
+
+    state: Literal["alive", "finished", "failed", "unknown"]
+    message: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state == "alive"
+
+
+class Launcher(Protocol):
+    """Starts, watches and ends attempts. Every call blocks for seconds at most and raises LauncherUnavailable."""
+
+    def launch(self, job: Job) -> None:
+        """Start the current attempt of `job`; a no-op if its handle is known already."""
+        ...
+
+    def observe(self, submission_id: str) -> Observation: ...
+
+    def stop(self, submission_id: str) -> None:
+        """Ask an attempt to end, and end it by force soon after; a no-op if it is unknown or over."""
+        ...
+
+
+class RayJobsLauncher:
+    """Each attempt is a Ray job, seen in the dashboard and in `ray job list`.
+
+    `connect` makes a client (see `ray_jobs_client`); it is called again after a failure, since the dashboard may have
+    moved. Nothing that a user wrote reaches a shell: the entrypoint is constant and ids travel in the environment.
+    """
+
+    def __init__(self, connect: Callable[[], Any], home: Path) -> None:
+        self._connect = connect
+        self._home = home
+        self._client: Any = None
+
+    def launch(self, job: Job) -> None:
+        if self.observe(job.submission_id).state != "unknown":
+            return
+        try:
+            self._call(
+                "submit_job",
+                entrypoint=ENTRYPOINT,
+                submission_id=job.submission_id,
+                runtime_env={"env_vars": self._environment(job)},
+                metadata=_labels(job),
+                # The driver only waits for its workers; the workers ask for what they need.
+                entrypoint_num_cpus=0,
+            )
+        except _Refused as refusal:
+            # Another control may have submitted it between the look and the call: then it is there.
+            if self.observe(job.submission_id).state == "unknown":
+                raise LauncherUnavailable(f"Ray refused attempt `{job.submission_id}`: {refusal}") from refusal
+
+    def observe(self, submission_id: str) -> Observation:
+        try:
+            info = self._call("get_job_info", submission_id)
+        except _Refused as refusal:
+            if refusal.is_unknown:
+                return Observation("unknown")
+            raise LauncherUnavailable(f"Ray did not tell about `{submission_id}`: {refusal}") from refusal
+        status = str(getattr(info.status, "value", info.status))
+        message = info.message or ""
+        if status in _ALIVE:
+            return Observation("alive", message)
+        return Observation("finished" if status in _FINISHED else "failed", message)
+
+    def stop(self, submission_id: str) -> None:
+        try:
+            self._call("stop_job", submission_id)
+        except _Refused as refusal:
+            if not refusal.is_unknown:
+                raise LauncherUnavailable(f"Ray did not stop `{submission_id}`: {refusal}") from refusal
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        return {
+            "TUNELOOM_HOME": str(self._home),
+            "TUNELOOM_JOB": job.id,
+            "TUNELOOM_ATTEMPT": str(job.attempt),
+            # `python` of the entrypoint is the one that runs tuneloom here. Ray expands the variable on the node.
+            "PATH": f"{Path(sys.executable).parent}:${{PATH}}",
+            # Ray Train ends a run in order on SIGINT only; the default is SIGTERM, then SIGKILL after 3 s.
+            "RAY_JOB_STOP_SIGNAL": "SIGINT",
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+        }
+
+    def _call(self, method: str, *args: Any, **options: Any) -> Any:
+        """Call the client. A refusal by the server is `_Refused`; trouble on the way there is LauncherUnavailable."""
+        try:
+            if self._client is None:
+                self._client = self._connect()
+            return getattr(self._client, method)(*args, **options)
+        except RuntimeError as error:
+            # The client raises a bare RuntimeError for each answer but 200, with status and text in the message.
+            if "status code" in str(error):
+                raise _Refused(str(error)) from error
+            self._client = None
+            raise LauncherUnavailable(f"Ray's job server is not ready: {error}") from error
+        except (OSError, ValueError) as error:
+            # ConnectionError and requests' own errors (timeouts too) are OSErrors.
+            self._client = None
+            raise LauncherUnavailable(f"Ray's job server does not answer: {error}") from error
+
+
+class _Refused(Exception):
+    @property
+    def is_unknown(self) -> bool:
+        return "status code 404" in str(self)
+
+
+def ray_jobs_client(address: str, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
+    """A Ray JobSubmissionClient for `address` (a cluster's `host:port` or a dashboard's URL) whose calls end in time.
+
+    It authenticates as Ray is set up to (`RAY_AUTH_MODE`, `RAY_AUTH_TOKEN_PATH`).
+    """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    class TimedClient(JobSubmissionClient):
+        # ray 2.60 sets no timeout on its requests and has no option for one; look for `timeout` in `SubmissionClient`.
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            try:
+                return super()._do_request(method, endpoint, **{"timeout": timeout_s, **options})
+            except AuthenticationError as error:
+                raise PermissionError(str(error)) from error
+
+    # ray 2.60 lets RAY_API_SERVER_ADDRESS and RAY_ADDRESS override the argument, and another cluster on this host
+    # may be named there. The first wins over the second, so naming ours there is what makes the argument count.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    return TimedClient(address)
+
+
+def _labels(job: Job) -> dict[str, str]:
+    """What the dashboard shows beside the job."""
+    name = model_name(job.spec, job.id)
+    return {
+        "name": f"train {name}",
+        "job": job.id,
+        "attempt": str(job.attempt),
+        "model": name,
+        "base": job.spec.base,
+        "owner": job.owner,
+    }

@@ -1,0 +1,337 @@
+"""Models and Versions: registered, activated, rolled back, imported, deleted. Each change is one commit.
+
+A change that meets another one reads again and decides again, a bounded number of times. Blobs go after the records
+that named them, and only if no other record does.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuneloom.bases import Base, linear_shapes
+from tuneloom.control.retry import retry
+from tuneloom.domain import (
+    TERMINAL,
+    AdapterRef,
+    Checkpoint,
+    Job,
+    Model,
+    Registration,
+    Version,
+    check_model_name,
+    ft_name,
+    model_id,
+    model_name,
+    new_id,
+    short_id,
+    version_id,
+)
+from tuneloom.errors import Conflict, InvalidRequest, ModelNotFound
+from tuneloom.store import Store
+from tuneloom.store.artifacts import Manifest, check_adapter, put_adapter
+from tuneloom.store.base import Write
+from tuneloom.store.records import Records, Stored
+
+# One commit takes 400 writes; a Version goes together with the checkpoints of its job up to this many.
+MAX_DELETED = 300
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a name stands for. A Model's bare name gives its active Version."""
+
+    model: Stored[Model] | None = None
+    version: Stored[Version] | None = None
+    checkpoint: Stored[Checkpoint] | None = None
+    is_bare: bool = False
+
+
+def find_named(records: Records, owner: str, name: str) -> Named | None:
+    """What an owner's `name`, `name@vN`, `ft:...` or `ft:...:ckpt-step-N` stands for; None if nothing of theirs."""
+    if name.startswith("ft:"):
+        for stored in records.versions.query({"owner": owner, "ft_name": name}, limit=1):
+            return Named(records.models.find(model_id(owner, stored.value.model)), stored)
+        for checkpoint in records.checkpoints.query({"owner": owner, "name": name}, limit=1):
+            return Named(checkpoint=checkpoint)
+        return None
+    bare, _, number = name.partition("@v")
+    model = records.models.find(model_id(owner, bare))
+    if model is None or model.value.owner != owner:
+        return None
+    if "@" not in name:
+        active = model.value.active
+        version = None if active is None else records.versions.find(version_id(owner, bare, active))
+        return Named(model, version, is_bare=True)
+    # `v01` and `v١` are not spellings of v1: one Version has one pinned name.
+    if not number.isascii() or not number.isdecimal() or number != str(int(number)):
+        return None
+    version = records.versions.find(version_id(owner, bare, int(number)))
+    return None if version is None or version.value.owner != owner else Named(model, version)
+
+
+def get_model(records: Records, owner: str, name: str) -> Stored[Model]:
+    """Raises ModelNotFound unless `owner` has a Model of that bare name."""
+    found = find_named(records, owner, name)
+    if found is None or found.model is None or not found.is_bare:
+        raise ModelNotFound.named(name)
+    return found.model
+
+
+def list_models(records: Records, owner: str) -> list[Model]:
+    return [stored.value for stored in records.models.query({"owner": owner}, order_by="name")]
+
+
+def list_versions(records: Records, owner: str, model: str | None = None) -> list[Version]:
+    """The Versions of an owner, or of one Model, by name and number."""
+    where = {"owner": owner} if model is None else {"owner": owner, "model": model}
+    versions = [stored.value for stored in records.versions.query(where)]
+    return sorted(versions, key=lambda version: (version.model, version.number))
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A new Version, and the writes that make it and bump its Model."""
+
+    version: Version
+    writes: tuple[Write, ...]
+
+
+def add_version(
+    records: Records,
+    *,
+    owner: str,
+    name: str,
+    base: str,
+    adapter: AdapterRef,
+    unique: str,
+    suffix: str | None,
+    at: float,
+    job_id: str | None = None,
+    metrics: dict[str, float] | None = None,
+) -> Addition:
+    """The next Version of `name`, making the Model if there is none. The first ready one is active; later ones wait.
+
+    Raises:
+        InvalidRequest: the Model is on another base.
+    """
+    stored = records.models.find(model_id(owner, name))
+    number = 1 if stored is None else stored.value.next_version
+    if stored is None:
+        model = Model(
+            id=model_id(owner, name), owner=owner, name=name, base=base, created_at=at, next_version=2, active=1
+        )
+        write: Write = records.models.create(model)
+    else:
+        check_same_base(stored.value, base)
+        active = number if stored.value.active is None else stored.value.active
+        write = records.models.replace(
+            stored, stored.value.model_copy(update={"next_version": number + 1, "active": active})
+        )
+    version = Version(
+        id=version_id(owner, name, number),
+        owner=owner,
+        model=name,
+        number=number,
+        base=base,
+        ft_name=ft_name(base, owner, suffix, unique),
+        adapter=adapter,
+        created_at=at,
+        job_id=job_id,
+        metrics=metrics or {},
+    )
+    return Addition(version, (write, records.versions.create(version)))
+
+
+def check_same_base(model: Model, base: str, *, param: str = "suffix") -> None:
+    if model.base != base:
+        raise InvalidRequest(
+            f"The model `{model.name}` is on the base `{model.base}`, not `{base}`. "
+            "Choose another name, or delete that model first.",
+            param=param,
+            code="model_base_mismatch",
+        )
+
+
+def register(records: Records, job: Job, manifest: Manifest, at: float) -> Addition:
+    """The Version that a finished job makes, with the row that lets it make only one.
+
+    The caller commits the writes together with the job's end.
+    """
+    addition = add_version(
+        records,
+        owner=job.owner,
+        name=model_name(job.spec, job.id),
+        base=job.spec.base,
+        adapter=manifest.adapter,
+        unique=short_id(job.id),
+        suffix=job.spec.suffix,
+        at=at,
+        job_id=job.id,
+        metrics=manifest.metrics,
+    )
+    row = Registration(id=job.id, owner=job.owner, version_id=addition.version.id)
+    return Addition(addition.version, (*addition.writes, records.registrations.create(row)))
+
+
+def activate(records: Records, owner: str, name: str, number: int) -> Model:
+    """Make Version `number` the one that the bare name calls.
+
+    Raises:
+        ModelNotFound: no such Model, or it has no such Version.
+    """
+
+    def once() -> Model:
+        stored = get_model(records, owner, name)
+        version = records.versions.find(version_id(owner, name, number))
+        if version is None:
+            raise ModelNotFound.named(f"{name}@v{number}")
+        model = stored.value.model_copy(update={"active": number})
+        # The Version is written too, unchanged: deleting it at the same moment then conflicts.
+        records.commit(records.models.replace(stored, model), records.versions.replace(version, version.value))
+        return model
+
+    return retry(once)
+
+
+def rollback(records: Records, owner: str, name: str) -> Model:
+    """Activate the highest Version below the active one.
+
+    Raises:
+        Conflict: there is none.
+    """
+    model = get_model(records, owner, name).value
+    lower = [v.number for v in list_versions(records, owner, name) if model.active and v.number < model.active]
+    if not lower:
+        raise Conflict(f"The model `{name}` has no version before the active one.", code="no_earlier_version")
+    return activate(records, owner, name, max(lower))
+
+
+def delete(store: Store, owner: str, name: str) -> None:
+    """Delete what a name stands for: a Model with all Versions, one Version, or one checkpoint of a finished job.
+
+    A Version takes the checkpoints of its job with it. When the active one goes, the highest that is left is active.
+
+    Raises:
+        ModelNotFound: there is no such thing of this owner's.
+        Conflict: the checkpoint belongs to a job that is not finished.
+    """
+    # Outside the retried function: a pass that conflicts late has deleted some already.
+    prefixes: list[str] = []
+    retry(lambda: _delete_records(store.records, owner, name, prefixes))
+    for prefix in prefixes:
+        drop_adapter(store, prefix)
+
+
+def drop_adapter(store: Store, prefix: str) -> None:
+    """Remove the blobs under an adapter's prefix unless a record still refers to them."""
+    where = {"adapter.uri": prefix}
+    if store.records.versions.query(where, limit=1) or store.records.checkpoints.query(where, limit=1):
+        return
+    for blob in store.blobs.list(prefix):
+        store.blobs.delete(blob.key)
+
+
+def import_adapter(store: Store, owner: str, base: Base, name: str, folder: Path, *, max_rank: int) -> Version:
+    """Add an adapter that was trained elsewhere as the next Version of `name`.
+
+    Raises:
+        AdapterRejected: the folder is not a LoRA adapter that fits `base`; the message says why.
+    """
+    addition = draft_import(store, owner, base, name, folder, max_rank=max_rank)
+
+    def once() -> Version:
+        again = addition()
+        store.records.commit(*again.writes)
+        return again.version
+
+    return retry(once)
+
+
+def draft_import(
+    store: Store, owner: str, base: Base, name: str, folder: Path, *, max_rank: int
+) -> Callable[[], Addition]:
+    """Check and upload an adapter; the result makes the writes that add it, anew at each call."""
+    check_model_name(name, param="name")
+    check_adapter(folder, base.id, linear_shapes(base), max_rank)
+    existing = store.records.models.find(model_id(owner, name))
+    if existing is not None:
+        check_same_base(existing.value, base.id, param="name")
+    unique = new_id("import-")
+    adapter = put_adapter(store.blobs, f"imports/{unique}", folder)
+    return lambda: add_version(
+        store.records,
+        owner=owner,
+        name=name,
+        base=base.id,
+        adapter=adapter,
+        unique=short_id(unique),
+        suffix=name,
+        at=time.time(),
+    )
+
+
+def _delete_records(records: Records, owner: str, name: str, prefixes: list[str]) -> None:
+    """Delete the records that `name` stands for, adding the blob prefixes that they named to `prefixes`."""
+    found = find_named(records, owner, name)
+    if found is None:
+        raise ModelNotFound.named(name)
+    if found.checkpoint is not None:
+        _delete_checkpoint(records, found.checkpoint, prefixes)
+    elif found.is_bare:
+        assert found.model is not None
+        _delete_model(records, found.model, prefixes)
+    else:
+        assert found.version is not None
+        _delete_version(records, found.version, prefixes)
+
+
+def _delete_model(records: Records, model: Stored[Model], prefixes: list[str]) -> None:
+    """Delete a Model with all Versions: in one commit, unless it has hundreds."""
+    versions = records.versions.query({"owner": model.value.owner, "model": model.value.name})
+    writes: list[Write] = []
+    uris: list[str] = []
+    for version in versions:
+        checkpoints = _checkpoints_of(records, version.value)
+        more = [records.versions.delete(version), *(records.checkpoints.delete(c) for c in checkpoints)]
+        if len(writes) + len(more) > MAX_DELETED:
+            records.commit(*writes)
+            prefixes += uris
+            writes, uris = [], []
+        writes += more
+        uris += [version.value.adapter.uri, *(c.value.adapter.uri for c in checkpoints)]
+    records.commit(*writes, records.models.delete(model))
+    prefixes += uris
+
+
+def _delete_version(records: Records, version: Stored[Version], prefixes: list[str]) -> None:
+    gone = version.value
+    checkpoints = _checkpoints_of(records, gone)
+    writes: list[Write] = [records.versions.delete(version), *(records.checkpoints.delete(c) for c in checkpoints)]
+    model = records.models.find(model_id(gone.owner, gone.model))
+    if model is not None:
+        heir = model.value.active
+        if heir == gone.number:
+            left = [v.number for v in list_versions(records, gone.owner, gone.model) if v.number != gone.number]
+            heir = max(left, default=None)
+        # Written even if nothing changes: of two Versions deleted at once, neither may inherit from the other.
+        writes.append(records.models.replace(model, model.value.model_copy(update={"active": heir})))
+    records.commit(*writes)
+    prefixes += [gone.adapter.uri, *(c.value.adapter.uri for c in checkpoints)]
+
+
+def _checkpoints_of(records: Records, version: Version) -> list[Stored[Checkpoint]]:
+    if version.job_id is None:
+        return []
+    return records.checkpoints.query({"owner": version.owner, "job_id": version.job_id}, limit=MAX_DELETED - 2)
+
+
+def _delete_checkpoint(records: Records, checkpoint: Stored[Checkpoint], prefixes: list[str]) -> None:
+    job = records.jobs.find(checkpoint.value.job_id)
+    if job is not None and job.value.state not in TERMINAL:
+        raise Conflict(
+            f"The checkpoint belongs to the job `{job.value.id}`, which may resume from it. Cancel the job first.",
+            code=job.value.state,
+        )
+    records.commit(records.checkpoints.delete(checkpoint))
+    prefixes.append(checkpoint.value.adapter.uri)

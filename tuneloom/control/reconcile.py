@@ -1,0 +1,425 @@
+"""Moves every job one step towards where it should be, from what the records and the launcher say, again and again.
+
+Level-triggered: a tick remembers nothing that it needs. Intent is committed before its effect and handles are known
+before they exist, so control may die at any line; the next tick, here or in another process, finds out and goes on.
+Every commit that ends an attempt also rewrites its Progress, the trainer's fence: a zombie fails at its next write.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tuneloom.config import TrainSettings
+from tuneloom.control import jobs, models
+from tuneloom.control.check import Checker, CheckReport
+from tuneloom.control.jobs import History, apply
+from tuneloom.control.launcher import Launcher, LauncherUnavailable, Observation
+from tuneloom.control.results import write_results
+from tuneloom.domain import Event, Job, JobError, Progress, ft_name, short_id
+from tuneloom.errors import InvalidRequest
+from tuneloom.store import Store
+from tuneloom.store.artifacts import Manifest, read_manifest
+from tuneloom.store.base import BlobCorrupt, StoreConflict, Write
+from tuneloom.store.records import Stored
+
+logger = logging.getLogger(__name__)
+
+LAUNCHING = "launching"
+COPY_INTERVAL_S = 3.0
+GRACE_S = 45.0
+STOP_INTERVAL_S = 10.0
+FORCE_S = 60.0
+MAX_PROBLEM_EVENTS = 100
+MAX_WARNING_EVENTS = 20
+PROBLEMS_IN_MESSAGE = 3
+
+
+class Reconciler:
+    """Call `tick` again and again from one thread. Several of them on one store disturb but never harm each other."""
+
+    def __init__(
+        self,
+        store: Store,
+        launcher: Launcher,
+        checker: Checker,
+        settings: TrainSettings,
+        clock: Callable[[], float] = time.time,
+        *,
+        observe_every_s: float = 2.0,
+    ) -> None:
+        self._store = store
+        self._records = store.records
+        self._launcher = launcher
+        self._checker = checker
+        self._settings = settings
+        self._clock = clock
+        self._observe_every_s = observe_every_s
+        # Memory that only spares work or delays force; losing it changes no outcome.
+        self._checking: set[str] = set()
+        self._open = 0
+        self._alive_until: dict[str, float] = {}
+        self._copied_at: dict[str, float] = {}
+        self._overdue_since: dict[str, float] = {}
+        self._stopped_at: dict[str, float] = {}
+        self._warned_at = 0.0
+
+    def tick(self) -> None:
+        """One step for every job that needs one. A job that fails to step is logged and never stops the others."""
+        pending = self._pending()
+        self._open = sum(stored.value.attempt_open for stored in pending)
+        self._forget(pending)
+        for stored in pending:
+            try:
+                self._step(stored)
+            except StoreConflict:
+                logger.info("job changed under the step, next tick decides: %s", stored.value.id)
+            except LauncherUnavailable as error:
+                self._warn_unavailable(error)
+            except Exception:
+                logger.exception("job could not be stepped: %s", stored.value.id)
+
+    def _pending(self) -> list[Stored[Job]]:
+        """The jobs that may need a step, oldest first."""
+        table = self._records.jobs
+        found = table.query({"attempt_open": True})
+        for state in ("validating_files", "queued", "running"):
+            found += table.query({"state": state})
+        unique = {stored.value.id: stored for stored in found}
+        return sorted(unique.values(), key=lambda stored: (stored.value.created_at, stored.value.id))
+
+    def _forget(self, pending: list[Stored[Job]]) -> None:
+        """Drop checks and notes of jobs that moved on."""
+        for job_id in self._checking - {s.value.id for s in pending if s.value.state == "validating_files"}:
+            self._checker.forget(job_id)
+            self._checking.discard(job_id)
+        handles = {stored.value.submission_id for stored in pending}
+        for notes in (self._alive_until, self._overdue_since, self._stopped_at, self._copied_at):
+            for handle in notes.keys() - handles:
+                del notes[handle]
+
+    def _step(self, stored: Stored[Job]) -> None:
+        job = stored.value
+        if job.is_terminal or job.state == "paused":
+            self._wind_down(stored)
+        elif job.attempt_open:
+            self._watch(stored)
+        elif job.state == "validating_files":
+            self._check(stored)
+        else:
+            self._start(stored)
+
+    # Checking files
+
+    def _check(self, stored: Stored[Job]) -> None:
+        job = stored.value
+        self._checking.add(job.id)
+        report = self._checker.check(job.id)
+        if report is None:
+            return
+        self._checking.discard(job.id)
+        if not report.ok:
+            self._reject(stored, report)
+            return
+        history = History(job, self._clock())
+        lines = [history.line(warning, "warn") for warning in report.warnings[:MAX_WARNING_EVENTS]]
+        lines.append(history.line("Files validated, moving job to queued state"))
+        self._commit(stored, apply(job, jobs.FilesAccepted()), lines)
+
+    def _reject(self, stored: Stored[Job], report: CheckReport) -> None:
+        job, now = stored.value, self._clock()
+        history = History(job, now)
+        error = _summary(report)
+        lines = [
+            history.line(problem.text, "error", {"param": problem.param, "line": problem.line})
+            for problem in report.problems[:MAX_PROBLEM_EVENTS]
+        ]
+        unsaid = len(report.problems) - len(lines)
+        if unsaid > 0:
+            lines.append(history.line(f"{unsaid} more problems are not listed", "error"))
+        lines.append(history.line(f"The job failed: {error.message}", "error"))
+        self._commit(stored, apply(job, jobs.Failed(now, error)), lines)
+
+    # Starting an attempt
+
+    def _start(self, stored: Stored[Job]) -> None:
+        job, now = stored.value, self._clock()
+        progress = self._records.progress.find(job.id)
+        if job.attempt and progress is not None and self._take_last_word(stored, progress):
+            return
+        if self._open >= self._settings.max_running:
+            return
+        launched = apply(job, jobs.Launched(now))
+        self._commit(stored, launched, [], _new_fence(self._store, progress, launched, now))
+        self._open += 1
+        self._launcher.launch(launched)
+        logger.info("attempt launched: %s", launched.submission_id)
+
+    # Watching an attempt
+
+    def _watch(self, stored: Stored[Job]) -> None:
+        job = stored.value
+        # In this order: what is read after a process was seen dead is its last word.
+        seen = self._observe(job)
+        progress = self._records.progress.find(job.id)
+        if progress is None or progress.value.attempt != job.attempt:
+            self._lose(stored, None, "its progress record is gone")
+        elif self._take_last_word(stored, progress):
+            pass
+        elif progress.value.outcome is not None:
+            self._yield(stored, progress, seen)
+        elif seen is None:
+            self._judge_by_heartbeat(stored, progress)
+        elif seen.is_alive:
+            self._judge_alive(stored, progress)
+        elif seen.state == "unknown" and not _has_started(job, progress.value) and self._may_still_start(job):
+            # The launch was lost between intent and effect, or is under way in a control that is dying.
+            self._launcher.launch(job)
+        else:
+            self._lose(stored, progress, seen.message or "its process is gone")
+
+    def _take_last_word(self, stored: Stored[Job], progress: Stored[Progress]) -> bool:
+        """Finish the job if the trainer of its current attempt has published or failed."""
+        job = stored.value
+        if progress.value.attempt != job.attempt:
+            return False
+        match progress.value.outcome:
+            case "published":
+                self._register(stored)
+            case "failed":
+                error = progress.value.error or JobError(code="training_failed", message="Training failed.")
+                self._fail(stored, error)
+            case _:
+                return False
+        return True
+
+    def _yield(self, stored: Stored[Job], progress: Stored[Progress], seen: Observation | None) -> None:
+        """The trainer obeyed a pause that was taken back since: wait until it is gone, then run again."""
+        job = stored.value
+        if seen is not None and seen.is_alive:
+            self._press(job)
+        elif seen is not None or _is_by_hand(job) or self._is_silent(progress.value):
+            self._commit(stored, apply(job, jobs.Yielded()), [], self._fence(progress))
+
+    def _judge_by_heartbeat(self, stored: Stored[Job], progress: Stored[Progress]) -> None:
+        """Nobody can tell about the process. Before the first heartbeat, a launcher that is down proves nothing."""
+        job = stored.value
+        started = _has_started(job, progress.value)
+        allowance = 0 if _is_by_hand(job) else GRACE_S
+        if (started or _is_by_hand(job)) and self._is_silent(progress.value, allowance):
+            self._lose(stored, progress, "the trainer fell silent")
+        elif started:
+            self._copy(stored, progress.value)
+
+    def _judge_alive(self, stored: Stored[Job], progress: Stored[Progress]) -> None:
+        job = stored.value
+        started = _has_started(job, progress.value)
+        silent = self._is_silent(progress.value) if started else not self._may_still_start(job)
+        if not silent:
+            self._overdue_since.pop(job.submission_id, None)
+            if started:
+                self._copy(stored, progress.value)
+            return
+        # End the process before the attempt counts as lost, so that a hanging one does not keep its devices.
+        if self._overdue_s(job) > FORCE_S:
+            self._lose(stored, progress, "the trainer hangs and could not be stopped")
+        else:
+            self._stop(job)
+
+    def _copy(self, stored: Stored[Job], progress: Progress) -> None:
+        """Take over what the trainer says of its progress; not at each tick, since each copy is a write."""
+        job, now = stored.value, self._clock()
+        lines: list[Event] = []
+        if job.state != "running":
+            after = apply(job, jobs.Started())
+            step = progress.step
+            text = f"Fine-tuning job resumed at step {step}" if job.attempt > 1 and step else "Fine-tuning job started"
+            lines.append(History(job, now).line(text))
+        elif now - self._copied_at.get(job.submission_id, 0.0) < COPY_INTERVAL_S:
+            return
+        else:
+            after = job
+        after = apply(
+            after, jobs.Advanced(progress.trained_tokens or None, progress.estimated_finish, progress.resolved)
+        )
+        if after != job:
+            self._copied_at[job.submission_id] = now
+            self._commit(stored, after, lines)
+
+    def _lose(self, stored: Stored[Job], progress: Stored[Progress] | None, reason: str) -> None:
+        job, now = stored.value, self._clock()
+        lost = apply(job, jobs.Lost())
+        fence = [] if progress is None else self._fence(progress)
+        logger.warning("attempt lost: %s: %s", job.submission_id, reason)
+        if lost.losses > self._settings.max_losses:
+            error = JobError(
+                code="training_interrupted",
+                message=f"Training was interrupted {lost.losses} times, the last time because {_clause(reason)}. "
+                "Create the job again to try once more.",
+            )
+            lines = [History(job, now).line(f"The job failed: {error.message}", "error")]
+            self._commit(stored, apply(lost, jobs.Failed(now, error)), lines, fence)
+            return
+        saved = self._records.checkpoints.query({"job_id": job.id}, order_by="step", descending=True, limit=1)
+        step = saved[0].value.step if saved else 0
+        text = f"Attempt {job.attempt} was lost; resuming from step {step}"
+        self._commit(stored, lost, [History(job, now).line(text, "warn", {"reason": reason[:1000]})], fence)
+
+    # Ending
+
+    def _register(self, stored: Stored[Job]) -> None:
+        """Make the Version and end the job, in one commit. Done before, it is only told again."""
+        job, now = stored.value, self._clock()
+        try:
+            manifest = read_manifest(self._store.blobs, job.artifacts)
+        except BlobCorrupt:
+            manifest = None
+        if manifest is None or (manifest.job_id, manifest.base) != (job.id, job.spec.base):
+            self._fail(stored, JobError(code="publish_failed", message="The trained adapter was not stored whole."))
+            return
+        done = self._records.registrations.find(job.id)
+        if done is not None:
+            name = ft_name(job.spec.base, job.owner, job.spec.suffix, short_id(job.id))
+            self._succeed(stored, manifest, name, done.value.version_id, job.result_files, ())
+            return
+        try:
+            addition = models.register(self._records, job, manifest, now)
+        except InvalidRequest as error:
+            self._fail(stored, JobError(code=error.code or "publish_failed", message=error.message, param=error.param))
+            return
+        results = write_results(self._store, job, now)
+        writes = (*addition.writes, self._records.files.create(results))
+        version = addition.version
+        self._succeed(stored, manifest, version.ft_name, version.id, (results.id,), writes)
+
+    def _succeed(
+        self,
+        stored: Stored[Job],
+        manifest: Manifest,
+        name: str,
+        version_id: str,
+        result_files: tuple[str, ...],
+        writes: tuple[Write, ...],
+    ) -> None:
+        job, now = stored.value, self._clock()
+        published = jobs.Published(now, name, version_id, result_files, manifest.trained_tokens, manifest.resolved)
+        history = History(job, now)
+        lines = [
+            history.line(f"New fine-tuned model created: {name}"),
+            history.line("The job has successfully completed"),
+        ]
+        self._commit(stored, apply(job, published), lines, writes)
+        logger.info("job succeeded: %s as %s", job.id, version_id)
+
+    def _fail(self, stored: Stored[Job], error: JobError) -> None:
+        job, now = stored.value, self._clock()
+        line = History(job, now).line(f"The job failed: {error.message}", "error")
+        self._commit(stored, apply(job, jobs.Failed(now, error)), [line])
+        logger.info("job failed: %s: %s", job.id, error.code)
+
+    def _wind_down(self, stored: Stored[Job]) -> None:
+        """A job that wants no process, and one that may be alive: let it end, press it after a while, close."""
+        job = stored.value
+        seen = self._observe(job)
+        progress = self._records.progress.find(job.id)
+        if seen is not None:
+            gone = not seen.is_alive
+        else:
+            said = progress is not None and progress.value.outcome is not None and _is_by_hand(job)
+            gone = progress is None or said or self._is_silent(progress.value)
+        if gone:
+            self._commit(stored, apply(job, jobs.Closed()), [], [] if progress is None else self._fence(progress))
+            self._open -= 1
+        elif seen is not None:
+            self._press(job)
+
+    # Small parts
+
+    def _observe(self, job: Job) -> Observation | None:
+        """What the launcher knows; None if it does not answer, or did not start this attempt."""
+        if _is_by_hand(job):
+            return None
+        now = self._clock()
+        if now < self._alive_until.get(job.submission_id, 0.0):
+            return Observation("alive")
+        try:
+            seen = self._launcher.observe(job.submission_id)
+        except LauncherUnavailable as error:
+            self._warn_unavailable(error)
+            return None
+        if seen.is_alive:
+            self._alive_until[job.submission_id] = now + self._observe_every_s
+        return seen
+
+    def _press(self, job: Job) -> None:
+        """Stop an attempt that has had its time to end by itself."""
+        if self._overdue_s(job) > GRACE_S:
+            self._stop(job)
+
+    def _stop(self, job: Job) -> None:
+        now = self._clock()
+        if now - self._stopped_at.get(job.submission_id, 0.0) >= STOP_INTERVAL_S:
+            self._stopped_at[job.submission_id] = now
+            self._launcher.stop(job.submission_id)
+            logger.warning("attempt stopped: %s", job.submission_id)
+
+    def _overdue_s(self, job: Job) -> float:
+        return self._clock() - self._overdue_since.setdefault(job.submission_id, self._clock())
+
+    def _is_silent(self, progress: Progress, allowance_s: float = 0.0) -> bool:
+        return self._clock() - progress.heartbeat_at > self._settings.heartbeat_timeout_s + allowance_s
+
+    def _may_still_start(self, job: Job) -> bool:
+        return self._clock() - (job.attempt_started_at or job.created_at) <= self._settings.start_timeout_s
+
+    def _fence(self, progress: Stored[Progress]) -> list[Write]:
+        return [self._records.progress.replace(progress, progress.value.model_copy(update={"stage": "closed"}))]
+
+    def _commit(self, stored: Stored[Job], after: Job, lines: list[Event], writes: Any = ()) -> None:
+        """Write a job with its events and what else changes with it."""
+        events = [self._records.events.create(line) for line in lines]
+        self._records.commit(self._records.jobs.replace(stored, after), *events, *writes)
+
+    def _warn_unavailable(self, error: LauncherUnavailable) -> None:
+        now = self._clock()
+        if now - self._warned_at > 30:
+            self._warned_at = now
+            logger.warning("launcher unavailable: %s", error)
+
+
+def _new_fence(store: Store, before: Stored[Progress] | None, job: Job, now: float) -> list[Write]:
+    """The Progress of a new attempt. What was logged stays known, so that a resumed run does not log it again."""
+    fresh = {
+        "attempt": job.attempt,
+        "heartbeat_at": now,
+        "stage": LAUNCHING,
+        "estimated_finish": None,
+        "outcome": None,
+        "error": None,
+    }
+    if before is None:
+        return [store.records.progress.create(Progress.model_validate({"id": job.id, "owner": job.owner, **fresh}))]
+    return [store.records.progress.replace(before, before.value.model_copy(update=fresh))]
+
+
+def _is_by_hand(job: Job) -> bool:
+    """Whether the current attempt was started by a person, so that the launcher does not know its handle."""
+    return job.self_launched and job.attempt <= 1
+
+
+def _has_started(job: Job, progress: Progress) -> bool:
+    return progress.stage != LAUNCHING or progress.heartbeat_at > (job.attempt_started_at or 0.0)
+
+
+def _summary(report: CheckReport) -> JobError:
+    """The report's error with its first lines in the message."""
+    error = report.error or JobError(code="invalid_training_file", message="The files are not valid.")
+    first = [problem.text for problem in report.problems[:PROBLEMS_IN_MESSAGE]]
+    unsaid = [text for text in first if text not in error.message]
+    if not unsaid:
+        return error
+    return error.model_copy(update={"message": f"{error.message.rstrip()} {'; '.join(unsaid)}"[:2000]})
+
+
+def _clause(reason: str) -> str:
+    return reason.strip().rstrip(".")[:500] or "its process is gone"
