@@ -12,6 +12,7 @@ from tuneloom.rows import Conversation, Pair, Row, Scan, Text
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "hello"}
+SKIPPED = {**ANSWER, "weight": 0}
 
 
 def scan(*lines: bytes | str | dict[str, Any], **options: Any) -> tuple[list[Row], Scan]:
@@ -41,25 +42,25 @@ def only_problem(line: bytes | str | dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (chat(USER, ANSWER), Conversation((USER, ANSWER), (True,))),
-        (chat(USER, {**ANSWER, "weight": 0}, USER, ANSWER), Conversation((USER, ANSWER, USER, ANSWER), (False, True))),
+        (chat(USER, ANSWER), Conversation((USER, ANSWER))),
+        (chat(USER, {**ANSWER, "weight": 0}, USER, ANSWER), Conversation((USER, SKIPPED, USER, ANSWER))),
         (
             chat({"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, ANSWER),
-            Conversation((USER, ANSWER), (True,)),
+            Conversation((USER, ANSWER)),
         ),
         ({"prompt": "1 + 1 =", "completion": " 2"}, Pair("1 + 1 =", " 2")),
-        ({"prompt": [USER], "completion": [ANSWER]}, Conversation((USER, ANSWER), (True,))),
+        ({"prompt": [USER], "completion": [ANSWER]}, Conversation((USER, ANSWER))),
         (
             {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
-            Conversation((USER, ANSWER, USER, ANSWER), (False, True)),
+            Conversation((USER, SKIPPED, USER, ANSWER)),
         ),
-        ({"instruction": "hi", "output": "hello"}, Conversation((USER, ANSWER), (True,))),
+        ({"instruction": "hi", "output": "hello"}, Conversation((USER, ANSWER))),
         (
             {"instruction": "Add.", "input": "1 1", "output": "hello"},
-            Conversation(({"role": "user", "content": "Add.\n\n1 1"}, ANSWER), (True,)),
+            Conversation(({"role": "user", "content": "Add.\n\n1 1"}, ANSWER)),
         ),
-        ({"instruction": "hi", "input": "", "output": "hello"}, Conversation((USER, ANSWER), (True,))),
-        ({"input": "hi", "output": "hello"}, Conversation((USER, ANSWER), (True,))),
+        ({"instruction": "hi", "input": "", "output": "hello"}, Conversation((USER, ANSWER))),
+        ({"input": "hi", "output": "hello"}, Conversation((USER, ANSWER))),
         ({"text": "once"}, Text("once")),
     ],
 )
@@ -213,6 +214,8 @@ def test_a_huge_line_is_named_and_the_next_ones_are_read_in_bounded_memory() -> 
     assert peak < 8 << 20
 
 
+KEYS = ["messages", "role", "content", "tool_calls", "function", "name", "weight", "tools", "type", "prompt"]
+KEYS += ["completion", "text", "input", "output", "instruction", "x"]
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -223,22 +226,7 @@ json_values = st.recursive(
     lambda children: (
         st.lists(children, max_size=4)
         | st.dictionaries(
-            st.sampled_from(
-                [
-                    "messages",
-                    "role",
-                    "content",
-                    "tool_calls",
-                    "function",
-                    "name",
-                    "weight",
-                    "prompt",
-                    "completion",
-                    "text",
-                    "input",
-                    "output",
-                ]
-            ),
+            st.sampled_from(KEYS),
             children,
             max_size=5,
         )
