@@ -121,14 +121,13 @@ class Edge:
 
 
 class BodyLimit:
-    """ASGI: no more of a body is read than its URL may need; what is longer is refused while it arrives."""
+    """ASGI: the most of a body that is ever read, refused while it arrives. Control has limits of its own below it."""
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
         self._app = app
         self._limits = (
-            (re.compile(r"/v1/files/?"), settings.max_file_bytes + MULTIPART_SLACK),
-            (re.compile(r"/v1/uploads/[^/]+/parts/?"), settings.max_part_bytes + MULTIPART_SLACK),
-            (re.compile(r".*", re.DOTALL), settings.max_body_bytes),
+            (re.compile(r"/v1/(?:.+/)?completions/?", re.DOTALL), settings.max_body_bytes),
+            (re.compile(r".*", re.DOTALL), settings.max_file_bytes + MULTIPART_SLACK),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tuneloom.domain import new_id
 from tuneloom.errors import InvalidRequest
 
-PROXY_CALLBACK = "tuneloom.serve.guard:proxy_middlewares"
+# For the processes of the cluster: Serve's proxy reads it when it starts.
+PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "tuneloom.serve.guard.proxy_middlewares"}
 REQUEST_ID = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 

@@ -1,4 +1,4 @@
-"""The HTTP service as one Starlette application: what each URL does, in which order. Imports neither torch nor Ray's app.
+"""The HTTP service as one Starlette application: what each URL does, in which order. No Ray, no torch.
 
 A generation goes: key -> Principal -> body -> Call -> Target -> frames of a base -> OpenAI's objects.
 """
@@ -90,9 +90,7 @@ def make_app(context: Context) -> Starlette:
             ),
             Middleware(edge.Edge),
             Middleware(edge.BodyLimit, settings=gateway),
-            Middleware(
-                Authentication, keys=Keys(context.store.records, context.pepper, cache_s=gateway.key_cache_s)
-            ),
+            Middleware(Authentication, keys=Keys(context.store.records, context.pepper, cache_s=gateway.key_cache_s)),
         ],
         exception_handlers={HTTPException: edge.answer_http_exception},
     )
@@ -204,25 +202,3 @@ async def _is_answered(check: Any) -> bool:
         edge.logger.exception("a readiness check failed unexpectedly")
         return False
     return True
-
-
-class Gateway:
-    """The Serve deployment of the application. Serve builds it in the replica; it is never pickled."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        from tuneloom.config import read_pepper
-        from tuneloom.serve.upstream import serve_bases
-        from tuneloom.store import open_store
-
-        self._settings = Settings.model_validate(settings)
-        self._store = open_store(self._settings)
-        self._pepper = read_pepper(self._settings)
-        self._bases = serve_bases()
-
-    def __serve_build_asgi_app__(self) -> Starlette:
-        return make_app(Context(self._settings, self._store, self._pepper, self._bases, _Poke()))
-
-    async def check_health(self) -> None:
-        """Raises unless the store answers."""
-        async with asyncio.timeout(10):
-            await anyio.to_thread.run_sync(self._store.records.keys.find, "key_none")

@@ -51,6 +51,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 MAX_CHOICES = 2048
+MAX_N = 128
 MAX_STOPS = 4
 TOKEN_ID_LIMIT = 1 << 31
 
@@ -77,7 +78,7 @@ class Sampling(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     model: str = Field(min_length=1)
     stream: bool | None = None
-    n: int | None = Field(None, ge=1, le=128)
+    n: int | None = Field(None, ge=1, le=MAX_N)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=TOKEN_ID_LIMIT)
@@ -85,7 +86,8 @@ class Sampling(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    # Choice `i` uses `seed + i`, which must stay a 64-bit number too.
+    seed: int | None = Field(None, ge=-(1 << 63), lt=(1 << 63) - MAX_N)
     max_tokens: int | None = Field(None, ge=1, lt=TOKEN_ID_LIMIT)
 
 

@@ -1,0 +1,127 @@
+"""Settings become Serve applications: `schema` for the cluster, and the builders that the schema names.
+
+`schema` is pure, and importing this module is cheap: whoever deploys needs neither Serve nor torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from tuneloom.bases import slug
+from tuneloom.config import BaseSettings, Settings
+from tuneloom.serve.guard import PROXY_ENVIRONMENT
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+GATEWAY_APP = "gateway"
+CONTROL_APP = "control"
+
+# A dead replica is seen at the next check: this, a process start and a model's load must fit into a minute.
+HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 20.0}
+LIGHT_CPUS = 0.1
+# A call of `stats` or a health check must get through while the engine has all the requests that it takes.
+SPARE_REQUESTS = 64
+
+
+def base_app(base_id: str) -> str:
+    """The name of the application that runs a base."""
+    return f"base-{slug(base_id)}"
+
+
+def schema(settings: Settings) -> dict[str, Any]:
+    """What to deploy, in the form of `ray.serve.schema.ServeDeploySchema`, as plain JSON."""
+    return {
+        "http_options": {"host": settings.gateway.host, "port": settings.gateway.port},
+        "controller_options": {"runtime_env": {"env_vars": PROXY_ENVIRONMENT}},
+        # Access logs hold method, path and status: no bodies, so no prompts, and no keys.
+        "logging_config": {"encoding": "JSON", "log_level": "INFO"},
+        "applications": [
+            *(_base(settings, base) for base in settings.bases),
+            _control(settings),
+            _gateway(settings),
+        ],
+    }
+
+
+def _gateway(settings: Settings) -> dict[str, Any]:
+    deployment = {
+        "name": "Gateway",
+        "num_replicas": settings.gateway.replicas,
+        "max_ongoing_requests": settings.gateway.max_ongoing_requests,
+        "graceful_shutdown_timeout_s": 20.0,
+        "ray_actor_options": {"num_cpus": LIGHT_CPUS},
+        **HEALTH,
+    }
+    return _application(GATEWAY_APP, "gateway", deployment, {"settings": _plain(settings)}, route_prefix="/")
+
+
+def _control(settings: Settings) -> dict[str, Any]:
+    deployment = {
+        "name": "Control",
+        "num_replicas": 1,
+        "max_ongoing_requests": 100,
+        "graceful_shutdown_timeout_s": 10.0,
+        "ray_actor_options": {"num_cpus": LIGHT_CPUS},
+        **HEALTH,
+    }
+    return _application(CONTROL_APP, "control", deployment, {"settings": _plain(settings)})
+
+
+def _base(settings: Settings, base: BaseSettings) -> dict[str, Any]:
+    # Threads that spin while they wait would take the machine from everything else on it.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    if base.engine.threads:
+        environment["OMP_NUM_THREADS"] = str(base.engine.threads)
+    deployment = {
+        "name": "Base",
+        "num_replicas": base.replicas,
+        # The engine's own queue is what refuses, with a reason; Serve's never fills before it.
+        "max_ongoing_requests": base.engine.max_sequences + base.engine.max_waiting + SPARE_REQUESTS,
+        "graceful_shutdown_timeout_s": 20.0,
+        "ray_actor_options": {
+            "num_cpus": base.num_cpus,
+            "num_gpus": base.num_gpus,
+            "runtime_env": {"env_vars": environment},
+        },
+        **HEALTH,
+    }
+    return _application(base_app(base.id), "base", deployment, {"settings": _plain(settings), "base": base.id})
+
+
+def _application(
+    name: str, builder: str, deployment: dict[str, Any], args: dict[str, Any], *, route_prefix: str | None = None
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "route_prefix": route_prefix,
+        "import_path": f"{__name__}:{builder}",
+        "args": args,
+        "deployments": [deployment],
+    }
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json")
+
+
+def gateway(args: dict[str, Any]) -> "Application":
+    from ray import serve
+
+    from tuneloom.serve.gateway import Gateway
+
+    return serve.deployment(name="Gateway")(serve.ingress()(Gateway)).bind(args["settings"])
+
+
+def base(args: dict[str, Any]) -> "Application":
+    from ray import serve
+
+    from tuneloom.serve.replica import Base
+
+    return serve.deployment(name="Base")(Base).bind(args["settings"], args["base"])
+
+
+def control(args: dict[str, Any]) -> "Application":
+    from ray import serve
+
+    from tuneloom.control.deployment import Control
+
+    return serve.deployment(name="Control")(Control).bind(args["settings"])
