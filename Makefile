@@ -1,3 +1,44 @@
+# Everything a newcomer needs: `make demo`. Plain pip, one virtual environment, state in $TUNELOOM_HOME (.tuneloom).
+
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+TORCH := $(shell grep '^torch==' requirements.lock)
+READY := $(VENV)/.ready
+
+.PHONY: venv up down demo test check conformance
+
+venv: $(READY)
+
+# torch first, alone: the package index has a build with CUDA (gigabytes) and may be joined by one with the CPU build;
+# set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to choose. The packages that need torch then find it there.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tuneloom needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch (about 190 MB)"
+	$(PIP) install $(TORCH)
+	@echo "installing the other packages (about 600 MB on disk)"
+	$(PIP) install -r requirements.lock
+	$(PIP) install --no-deps -e .
+	@touch $@
+
+up: venv
+	$(BIN)/tuneloom up
+
+down:
+	@if [ -x $(BIN)/tuneloom ]; then $(BIN)/tuneloom down; else echo "nothing is installed here, so nothing runs"; fi
+
+demo: up
+	$(BIN)/python examples/headlines.py
+
+test: venv
+	$(BIN)/python -m pytest -q
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+conformance: venv
+	$(BIN)/python tests/conformance/run.py

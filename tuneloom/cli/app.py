@@ -1,0 +1,39 @@
+"""The commands as a tree. What they do is in the modules beside this one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuneloom.cli import bases, jobs, keys, local, models
+
+app = typer.Typer(
+    name="tuneloom",
+    help="Fine-tune open language models and serve them through an OpenAI-compatible API, on your own machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _home(
+    context: typer.Context,
+    home: Annotated[
+        Path | None,
+        typer.Option(help="Folder of this installation's state.", envvar="TUNELOOM_HOME", show_default=".tuneloom"),
+    ] = None,
+) -> None:
+    context.obj = home
+
+
+app.command()(local.up)
+app.command()(local.down)
+app.command()(local.status)
+app.command()(local.env)
+app.add_typer(keys.app, name="keys")
+app.add_typer(models.app, name="models")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(bases.app, name="bases")

@@ -1,0 +1,78 @@
+"""`tuneloom bases`: the base checkpoints of this installation."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuneloom.cli.session import print_json, print_rows, read_settings
+
+app = typer.Typer(help="Base models.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_bases(
+    context: typer.Context,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    verify: Annotated[bool, typer.Option(help="Read every file and compare its checksum.")] = False,
+) -> None:
+    """The bases in the catalogue, and whether `config.yaml` serves them."""
+    from tuneloom import bases
+
+    settings = read_settings(context)
+    served = {base.id for base in settings.bases}
+    found = list(bases.catalogue(settings.bases_dir).values())
+    if verify:
+        for base in found:
+            bases.verify(base)
+    if json:
+        print_json([{**base.__dict__, "path": str(base.path), "served": base.id in served} for base in found])
+        return
+    rows = [
+        [
+            base.id,
+            f"{base.size_bytes / 1e6:,.0f} MB",
+            str(base.context_length),
+            base.license or "unknown",
+            "yes" if base.id in served else "no",
+        ]
+        for base in found
+    ]
+    print_rows(["id", "size", "context", "license", "served"], rows)
+
+
+@app.command()
+def add(
+    context: typer.Context,
+    source: Annotated[Path | None, typer.Argument(help="A Hugging Face folder or a .gguf file.")] = None,
+    id: Annotated[str | None, typer.Option(help="The name to serve it by, such as org/model.")] = None,
+) -> None:
+    """Add a base from a folder or a GGUF file; without SOURCE, fetch the default one."""
+    from tuneloom import bases
+    from tuneloom.errors import InvalidRequest
+
+    bases_dir = read_settings(context).bases_dir
+    if source is None:
+        base = bases.fetch_default(bases_dir, typer.echo)
+    elif id is None:
+        raise InvalidRequest("Say by which name the base is served: `--id ORG/MODEL`.")
+    elif source.suffix == ".gguf":
+        base = bases.add_gguf(bases_dir, source, id, progress=typer.echo)
+    else:
+        base = bases.add_folder(bases_dir, source, id)
+    typer.echo(
+        f"{base.id} is in the catalogue. Bases that are listed in `config.yaml` are served from the next `up` on."
+    )
+
+
+@app.command()
+def remove(context: typer.Context, id: Annotated[str, typer.Argument(help="The base's id.")]) -> None:
+    """Take a base out of the catalogue and delete its files."""
+    from tuneloom import bases, cluster
+    from tuneloom.errors import Conflict
+
+    settings = read_settings(context)
+    if id in {base.id for base in settings.bases} and cluster.is_whole(settings.home):
+        raise Conflict(f"`{id}` is being served. Take it out of `config.yaml`, or stop with `tuneloom down`, first.")
+    bases.remove(settings.bases_dir, id)
+    typer.echo(f"removed {id}")

@@ -1,0 +1,167 @@
+"""`tuneloom models`: tuned models and their versions, changed in the store itself; a running API follows at once."""
+
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tuneloom.cli.session import open_store, print_json, print_rows, read_settings
+from tuneloom.domain import LOCAL_OWNER
+from tuneloom.errors import Conflict, InvalidRequest, ModelNotFound
+
+if TYPE_CHECKING:
+    from tuneloom.config import Settings
+    from tuneloom.domain import AdapterRef
+    from tuneloom.store import Store
+
+app = typer.Typer(help="Tuned models and their versions.", no_args_is_help=True)
+
+Owner = Annotated[str, typer.Option(help="Whose models.")]
+Name = Annotated[str, typer.Argument(help="A model's name, such as support-bot.")]
+
+
+@app.command("list")
+def list_models(
+    context: typer.Context,
+    owner: Owner = LOCAL_OWNER,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Models with their versions; `*` marks the active one, which the bare name calls."""
+    from tuneloom.control import models
+
+    with open_store(context) as store:
+        found = {model.name: model for model in models.list_models(store.records, owner)}
+        versions = models.list_versions(store.records, owner)
+    if json:
+        print_json([{**v.model_dump(), "active": found[v.model].active == v.number} for v in versions])
+        return
+    rows = [
+        [
+            version.pinned_name + (" *" if found[version.model].active == version.number else ""),
+            version.base,
+            str(version.adapter.rank),
+            datetime.fromtimestamp(version.created_at, UTC).strftime("%Y-%m-%d %H:%M"),
+            version.ft_name,
+        ]
+        for version in versions
+    ]
+    print_rows(["model", "base", "rank", "created", "also called"], rows)
+
+
+@app.command()
+def activate(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A version, such as support-bot@v2.")],
+    owner: Owner = LOCAL_OWNER,
+) -> None:
+    """Let the bare name call this version. Requests in flight finish on theirs."""
+    from tuneloom.control import models
+
+    bare, _, number = name.partition("@v")
+    if not number.isascii() or not number.isdecimal():
+        raise InvalidRequest(f"`{name}` does not name a version. Write it as `{bare or 'support-bot'}@v2`.")
+    with open_store(context) as store:
+        model = models.activate(store.records, owner, bare, int(number))
+    typer.echo(f"{model.name} calls v{model.active}")
+
+
+@app.command()
+def rollback(context: typer.Context, name: Name, owner: Owner = LOCAL_OWNER) -> None:
+    """Let the bare name call the version before the active one."""
+    from tuneloom.control import models
+
+    with open_store(context) as store:
+        model = models.rollback(store.records, owner, name)
+    typer.echo(f"{model.name} calls v{model.active}")
+
+
+@app.command("import")
+def import_model(
+    context: typer.Context,
+    folder: Annotated[
+        Path, typer.Argument(help="A PEFT adapter folder: adapter_config.json, adapter_model.safetensors.")
+    ],
+    name: Annotated[str | None, typer.Option(help="The model to add it to; the folder's name without it.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base it was trained on, if its config names another.")] = None,
+    owner: Owner = LOCAL_OWNER,
+) -> None:
+    """Add an adapter that was trained elsewhere as a model's next version."""
+    from tuneloom import bases
+    from tuneloom.control import models
+    from tuneloom.control.context import ApiContext
+
+    settings = read_settings(context)
+    base_id = base or _base_of(settings, folder)
+    entry = next((entry for entry in settings.bases if entry.id == settings.base_aliases.get(base_id, base_id)), None)
+    if entry is None:
+        served = ", ".join(f"`{entry.id}`" for entry in settings.bases)
+        raise InvalidRequest(f"The base `{base_id}` is not served here. Served: {served}. Name one with `--base`.")
+    name = name or folder.resolve().name
+    with open_store(context) as store:
+        ApiContext(settings, store, b"", lambda: None).check_free_name(name, param="name")
+        version = models.import_adapter(
+            store, owner, bases.get_base(settings.bases_dir, entry.id), name, folder, max_rank=entry.engine.max_rank
+        )
+    typer.echo(f"{version.pinned_name} ({version.ft_name})")
+
+
+@app.command()
+def download(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A model, a version, or a checkpoint, by any of its names.")],
+    to: Annotated[Path | None, typer.Option("--to", help="The folder to make; the model's name without it.")] = None,
+    owner: Owner = LOCAL_OWNER,
+) -> None:
+    """Write an adapter as a folder that plain `peft` loads."""
+    from tuneloom.store.artifacts import fetch_adapter
+
+    with open_store(context) as store:
+        ref = _adapter(store, owner, name)
+        target = to or Path(name.replace("@", "-").replace(":", "-").replace("/", "-"))
+        if target.exists():
+            raise Conflict(f"{target} is there already. Remove it, or choose another folder with `--to`.")
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".tuneloom-") as scratch:
+            folder = fetch_adapter(store.blobs, ref, Path(scratch))
+            draft = shutil.copytree(folder, Path(scratch) / "draft")
+            draft.rename(target)
+    typer.echo(f"{target} (rank {ref.rank}, {ref.size_bytes / 1e6:.1f} MB)")
+
+
+@app.command()
+def delete(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A model with all its versions, a version, or a checkpoint.")],
+    owner: Owner = LOCAL_OWNER,
+) -> None:
+    """Delete a model, one of its versions, or a checkpoint."""
+    from tuneloom.control import models
+
+    with open_store(context) as store:
+        models.delete(store, owner, name)
+    typer.echo(f"deleted {name}")
+
+
+def _adapter(store: "Store", owner: str, name: str) -> "AdapterRef":
+    from tuneloom.control import models
+
+    found = models.find_named(store.records, owner, name)
+    for stored in (found.version, found.checkpoint) if found else ():
+        if stored is not None:
+            return stored.value.adapter
+    raise ModelNotFound.named(name)
+
+
+def _base_of(settings: "Settings", folder: Path) -> str:
+    """The base that the adapter's config names, if it is one of ours; else the only one that we serve."""
+    import json
+
+    try:
+        named = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InvalidRequest(f"{folder} is not an adapter folder: no readable `adapter_config.json`.") from error
+    ids = {base.id for base in settings.bases} | set(settings.base_aliases)
+    return named if isinstance(named, str) and (named in ids or len(settings.bases) > 1) else settings.bases[0].id

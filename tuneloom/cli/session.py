@@ -1,0 +1,104 @@
+"""What commands share: the settings, a client of the running API, and ways to print."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from tuneloom import config
+from tuneloom.config import Settings
+from tuneloom.errors import Conflict, NotFound, TuneloomError
+
+if TYPE_CHECKING:
+    import httpx
+
+    from tuneloom.store import Store
+
+REQUEST_TIMEOUT_S = 60.0
+
+
+def home_folder(context: typer.Context) -> Path:
+    return Path(context.find_root().obj or ".tuneloom").absolute()
+
+
+def read_settings(context: typer.Context) -> Settings:
+    return config.load(home_folder(context))
+
+
+@contextmanager
+def open_store(context: typer.Context) -> "Iterator[Store]":
+    """The store of the chosen home, whether anything runs or not."""
+    from tuneloom import store
+
+    opened = store.open_store(read_settings(context))
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+class Api:
+    """The API of the running installation, called with its admin key.
+
+    Every call raises a TuneloomError with the message of the API, or with what to do if it is not running.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        import httpx
+
+        from tuneloom import cluster, up
+
+        state = cluster.read_state(settings.home)
+        if state is None or not state.is_up:
+            raise Conflict("tuneloom is not running. Start it: `tuneloom up`.")
+        headers = {"Authorization": f"Bearer {up.read_admin_key(settings)}"}
+        self._client = httpx.Client(base_url=state.api_url, headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False)
+
+    def get(self, path: str, **params: Any) -> Any:
+        return self._call("GET", path, params={k: v for k, v in params.items() if v is not None}).json()
+
+    def post(self, path: str, body: dict[str, Any] | None = None, **options: Any) -> Any:
+        return self._call("POST", path, **({"json": body} if body is not None else {}), **options).json()
+
+    def delete(self, path: str) -> Any:
+        return self._call("DELETE", path).json()
+
+    def download(self, path: str) -> bytes:
+        return self._call("GET", path).content
+
+    def _call(self, method: str, path: str, **options: Any) -> "httpx.Response":
+        import httpx
+
+        try:
+            response = self._client.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise TuneloomError(
+                f"The API at {self._client.base_url} does not answer ({type(error).__name__}). See `tuneloom status`."
+            ) from error
+        if response.is_success:
+            return response
+        raise (NotFound if response.status_code == 404 else TuneloomError)(_message(response))
+
+
+def _message(response: "httpx.Response") -> str:
+    try:
+        return response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return f"The API answered {response.status_code}: {response.text[:300]}"
+
+
+def print_rows(header: list[str], rows: list[list[str]]) -> None:
+    """A table as plain text, whole ids and all, so that it can be cut and searched; nothing for no rows."""
+    if not rows:
+        return
+    table = [header, *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for row in table:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))

@@ -1,0 +1,249 @@
+"""From nothing to an answered request: bases, cluster, applications, first key. What `tuneloom up` does.
+
+Each step is safe to repeat, so that a second `up` after an interrupted one takes over where it is.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from tuneloom import bases, cluster
+from tuneloom.cluster import ClusterError, ClusterState, Report
+from tuneloom.config import DEFAULT_BASE, Settings, read_pepper
+from tuneloom.domain import ALL_SCOPES, LOCAL_OWNER, hash_secret
+from tuneloom.errors import InvalidRequest
+
+KEY_FILE = "admin-key"
+READY_TIMEOUT_S = 300.0
+DEPLOY_TIMEOUT_S = 120.0
+PROBE_TIMEOUT_S = 60.0
+POLL_S = 0.25
+REPEAT_LINE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`new_key`: the admin key if this call has made it."""
+
+    state: ClusterState
+    was_running: bool
+    new_key: str | None
+
+
+def up(settings: Settings, report: Report, timeout_s: float = READY_TIMEOUT_S) -> Outcome:
+    """Bring everything up and return when every base has answered a request.
+
+    Raises:
+        ClusterError: it did not come up; then nothing is left running. Its message says where to look.
+    """
+    home = settings.home
+    with cluster.exclusive(home):
+        running = cluster.read_state(home)
+        if running and running.is_up and cluster.is_whole(home) and _answers(settings, running):
+            return Outcome(running, was_running=True, new_key=None)
+        prepare_bases(settings, report)
+        state = _own_cluster(settings, report)
+        try:
+            key, is_new = ensure_admin_key(settings)
+            _deploy(settings, state, report)
+            _await_answers(settings, state, key, report, time.monotonic() + timeout_s)
+        except BaseException:
+            report("stopping what was started")
+            cluster.stop(home)
+            raise
+    return Outcome(state, was_running=False, new_key=key if is_new else None)
+
+
+def prepare_bases(settings: Settings, report: Report) -> None:
+    """See that every base of the settings is in the catalogue; the default one is fetched."""
+    present = bases.catalogue(settings.bases_dir)
+    for base in settings.bases:
+        if base.id in present:
+            continue
+        if base.id != DEFAULT_BASE:
+            raise InvalidRequest(
+                f"`config.yaml` names the base `{base.id}`, which is not in the catalogue. "
+                f"Add it: `tuneloom bases add FOLDER --id {base.id}`."
+            )
+        bases.fetch_default(settings.bases_dir, report)
+
+
+def ensure_admin_key(settings: Settings) -> tuple[str, bool]:
+    """The admin key in the home folder, and whether it was made just now."""
+    from tuneloom.control import keys
+    from tuneloom.store import open_store
+
+    path = settings.home / KEY_FILE
+    pepper = read_pepper(settings)
+    store = open_store(settings)
+    try:
+        if path.exists():
+            secret = path.read_text().strip()
+            found = store.records.keys.query({"hash": hash_secret(pepper, secret)}, limit=1)
+            if found and found[0].value.revoked_at is None and "admin" in found[0].value.scopes:
+                return secret, False
+        minted = keys.mint(store.records, pepper, owner=LOCAL_OWNER, name="admin", scopes=ALL_SCOPES)
+        cluster.write_private(path, minted.secret + "\n")
+        return minted.secret, True
+    finally:
+        store.close()
+
+
+def read_admin_key(settings: Settings) -> str:
+    try:
+        return (settings.home / KEY_FILE).read_text().strip()
+    except FileNotFoundError as error:
+        raise InvalidRequest(f"There is no admin key in {settings.home}. `tuneloom up` makes one.") from error
+
+
+def serve_details(settings: Settings, state: ClusterState) -> dict[str, Any]:
+    """What Serve says of its applications.
+
+    Raises:
+        httpx.HTTPError: the dashboard does not answer.
+    """
+    with _dashboard(settings, state) as client:
+        return client.get("/api/serve/applications/").raise_for_status().json()
+
+
+def _own_cluster(settings: Settings, report: Report) -> ClusterState:
+    """The cluster of this home: the one that runs if it is whole, else a new one."""
+    state = cluster.read_state(settings.home)
+    if state and state.is_up and cluster.is_whole(settings.home):
+        report("a cluster of this home runs already; bringing its applications up")
+        return state
+    if cluster.processes(settings.home):
+        report("ending what is left of an earlier cluster")
+        cluster.stop(settings.home)
+    report("starting a Ray cluster")
+    return cluster.start(settings, report)
+
+
+def _deploy(settings: Settings, state: ClusterState, report: Report) -> None:
+    """Hand the applications to Serve. Those that run already as described are not touched."""
+    from tuneloom.serve.app import schema
+
+    report("deploying the applications")
+    gateway = settings.gateway.model_copy(update={"port": state.port})
+    config = schema(settings.model_copy(update={"gateway": gateway}))
+    deadline = time.monotonic() + DEPLOY_TIMEOUT_S
+    while True:
+        try:
+            with _dashboard(settings, state, DEPLOY_TIMEOUT_S) as client:
+                answer = client.put("/api/serve/applications/", json=config)
+        except httpx.TransportError as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"Ray's dashboard does not answer ({error}). Logs: {state.logs}") from error
+            time.sleep(POLL_S)
+            continue
+        if answer.status_code == 200:
+            return
+        raise ClusterError(f"Serve refused the applications: {answer.text[-2000:]}")
+
+
+def _await_answers(settings: Settings, state: ClusterState, key: str, report: Report, deadline: float) -> None:
+    """Return when each base has answered a chat request; tell what is waited for."""
+    say = _once_in(REPEAT_LINE_S, report)
+    waiting = [base.id for base in settings.bases]
+    while waiting:
+        if time.monotonic() > deadline:
+            raise ClusterError(f"No answer in time from: {', '.join(waiting)}. Logs: {state.logs}")
+        problem = _check_applications(settings, state, say)
+        if problem is None:
+            problem = _probe(state, key, waiting[0], timeout_s=PROBE_TIMEOUT_S)
+            if problem is None:
+                report(f"{waiting.pop(0)} answers")
+                continue
+            say(f"waiting for {waiting[0]}: {problem}")
+        time.sleep(POLL_S)
+
+
+def _check_applications(settings: Settings, state: ClusterState, say: Report) -> str | None:
+    """None when every application runs, else what is missing.
+
+    Raises:
+        ClusterError: Serve has given one up, or the cluster has died.
+    """
+    try:
+        applications = serve_details(settings, state)["applications"]
+    except httpx.HTTPError:
+        if not cluster.is_whole(settings.home):
+            raise ClusterError(f"The Ray cluster has died. Logs: {state.logs}") from None
+        say("waiting for Ray's dashboard")
+        return "the dashboard"
+    failed = {name: app for name, app in applications.items() if app["status"] == "DEPLOY_FAILED"}
+    for name, app in failed.items():
+        raise ClusterError(f"The application `{name}` did not start. Logs: {state.logs}\n{_complaints(app)}")
+    missing = [f"{name} ({describe(app)})" for name, app in sorted(applications.items()) if app["status"] != "RUNNING"]
+    for app in applications.values():
+        if complaints := _complaints(app):
+            say(complaints)
+    if missing or not applications:
+        say(f"waiting for {', '.join(missing) or 'the applications'}")
+        return "the applications"
+    return None
+
+
+def describe(app: dict[str, Any]) -> str:
+    """An application's state in few words: `deploying, 0 of 1 replicas ready`."""
+    deployments = app.get("deployments", {}).values()
+    wanted = sum(deployment.get("target_num_replicas") or 0 for deployment in deployments)
+    ready = sum(replica["state"] == "RUNNING" for deployment in deployments for replica in deployment["replicas"])
+    return f"{app['status'].lower()}, {ready} of {wanted} replicas ready"
+
+
+def _complaints(app: dict[str, Any]) -> str:
+    """What Serve says of an application and its deployments that are in trouble; the end of it has the cause."""
+    troubled = {"UNHEALTHY", "DEPLOY_FAILED"}
+    messages = [app["message"]] if app["status"] in troubled else []
+    for deployment in app.get("deployments", {}).values():
+        text = deployment["message"]
+        if deployment["status"] in troubled or "Traceback" in text or "failed" in text:
+            messages.append(text)
+    return "\n".join(dict.fromkeys(message.strip()[-1500:] for message in messages if message))
+
+
+def _answers(settings: Settings, state: ClusterState) -> bool:
+    """Whether every base answers now."""
+    try:
+        key = read_admin_key(settings)
+    except InvalidRequest:
+        return False
+    return all(_probe(state, key, base.id, timeout_s=PROBE_TIMEOUT_S) is None for base in settings.bases)
+
+
+def _probe(state: ClusterState, key: str, base_id: str, *, timeout_s: float) -> str | None:
+    """Ask a base for one token, as a user would; None if it answers, else why not."""
+    request = {"model": base_id, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    try:
+        answer = httpx.post(
+            f"{state.api_url}/v1/chat/completions",
+            json=request,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(timeout_s, connect=5.0),
+            trust_env=False,
+        )
+    except httpx.TransportError as error:
+        return f"no answer yet ({type(error).__name__})"
+    return None if answer.status_code == 200 else f"HTTP {answer.status_code} {answer.text[:200].strip()}"
+
+
+def _dashboard(settings: Settings, state: ClusterState, timeout_s: float = 15.0) -> httpx.Client:
+    token = cluster.ensure_token(settings.home)
+    headers = {"Authorization": f"Bearer {token}"}
+    return httpx.Client(base_url=state.dashboard_url, headers=headers, timeout=timeout_s, trust_env=False)
+
+
+def _once_in(interval_s: float, report: Report) -> Callable[[str], None]:
+    """`report` without repetition: the same line again only after `interval_s`."""
+    said: dict[str, float] = {}
+
+    def say(line: str) -> None:
+        if time.monotonic() - said.get(line, -interval_s) >= interval_s:
+            said[line] = time.monotonic()
+            report(line)
+
+    return say
