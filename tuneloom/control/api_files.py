@@ -52,7 +52,7 @@ class FilesApi:
     def routes(self) -> list[Route]:
         return [
             Route("/v1/files", self.create, methods=["POST"]),
-            Route("/v1/files", self.list, methods=["GET"]),
+            Route("/v1/files", self.list_files, methods=["GET"]),
             Route("/v1/files/{id}", self.retrieve, methods=["GET"]),
             Route("/v1/files/{id}", self.delete, methods=["DELETE"]),
             Route("/v1/files/{id}/content", self.content, methods=["GET"]),
@@ -105,7 +105,7 @@ class FilesApi:
                 self._store.blobs.delete(file.blob)
         return kept
 
-    async def list(self, request: Request) -> Response:
+    async def list_files(self, request: Request) -> Response:
         return JSONResponse(await in_thread(self._list, request, caller(request, "training").owner))
 
     def _list(self, request: Request, owner: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class JobsApi:
         permissions = "/v1/fine_tuning/checkpoints/{name:path}/permissions"
         return [
             Route(jobs_path, self.create, methods=["POST"]),
-            Route(jobs_path, self.list, methods=["GET"]),
+            Route(jobs_path, self.list_jobs, methods=["GET"]),
             Route(jobs_path + "/{id}", self.retrieve, methods=["GET"]),
             Route(jobs_path + "/{id}/cancel", self.cancel, methods=["POST"]),
             Route(jobs_path + "/{id}/pause", self.pause, methods=["POST"]),
@@ -123,7 +123,7 @@ class JobsApi:
         asked = identify(request, owner, digest(raw))
         return repeat.create_once(self._records, asked, make, lambda id: self._get(owner, id).value)
 
-    async def list(self, request: Request) -> Response:
+    async def list_jobs(self, request: Request) -> Response:
         return JSONResponse(await in_thread(self._list, request, caller(request, "training").owner))
 
     def _list(self, request: Request, owner: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class KeysApi:
         path = "/v1/tuneloom/keys"
         return [
             Route(path, self.create, methods=["POST"]),
-            Route(path, self.list, methods=["GET"]),
+            Route(path, self.list_keys, methods=["GET"]),
             Route(path + "/{id}", self.revoke, methods=["DELETE"]),
             Route(path + "/{id}/revoke", self.revoke, methods=["POST"]),
         ]
@@ -63,7 +63,7 @@ class KeysApi:
 
         return repeat.create_once(self._records, identify(request, owner, digest(raw)), make, rotate)
 
-    async def list(self, request: Request) -> Response:
+    async def list_keys(self, request: Request) -> Response:
         caller(request, "admin")
         found = await in_thread(keys.list_keys, self._records, request.query_params.get("owner"))
         return JSONResponse({"object": "list", "data": [show_key(key) for key in found], "has_more": False})

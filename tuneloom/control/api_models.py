@@ -42,7 +42,7 @@ class ModelsApi:
     def routes(self) -> list[Route]:
         ours = "/v1/tuneloom/models"
         return [
-            Route("/v1/models", self.list, methods=["GET"]),
+            Route("/v1/models", self.list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.retrieve, methods=["GET"]),
             Route("/v1/models/{name:path}", self.delete, methods=["DELETE"]),
             Route(ours, self.list_versions, methods=["GET"]),
@@ -53,7 +53,7 @@ class ModelsApi:
             Route(ours + "/{name}", self.retrieve_versions, methods=["GET"]),
         ]
 
-    async def list(self, request: Request) -> Response:
+    async def list_models(self, request: Request) -> Response:
         return JSONResponse(await in_thread(self._list, caller(request).owner))
 
     def _list(self, owner: str) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class ModelsApi:
             finally:
                 shutil.rmtree(archive.parent, ignore_errors=True)
 
-        filename = "".join(char if char.isalnum() and char.isascii() or char in "-._" else "-" for char in name)
+        filename = "".join(char if (char.isalnum() and char.isascii()) or char in "-._" else "-" for char in name)
         headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{filename}.zip"'}
         return StreamingResponse(chunks(), media_type="application/zip", headers=headers)
 

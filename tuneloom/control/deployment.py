@@ -1,0 +1,122 @@
+"""The process that carries jobs on: a thread that reconciles, again and again.
+
+`ControlLoop` knows no Ray; `Control` is what Serve runs in a replica, with the launcher of this cluster.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from tuneloom.config import Settings
+from tuneloom.control.check import ProcessChecker
+from tuneloom.control.launcher import RayJobsLauncher, ray_jobs_client
+from tuneloom.control.reconcile import Reconciler
+from tuneloom.control.sweep import sweep
+from tuneloom.errors import TuneloomError
+from tuneloom.store import open_store
+
+logger = logging.getLogger(__name__)
+
+SWEEP_INTERVAL_S = 60.0
+# A tick may wait for the launcher some times over, each time up to its own limit.
+STUCK_AFTER_S = 180.0
+STOP_TIMEOUT_S = 8.0
+
+
+class Ticker(Protocol):
+    def tick(self) -> None: ...
+
+
+class ControlLoop:
+    """Ticks every `tick_s`, and at once after `poke`, in a thread of its own; sweeps now and then."""
+
+    def __init__(
+        self,
+        reconciler: Ticker,
+        sweep: Callable[[], None],
+        tick_s: float,
+        *,
+        sweep_interval_s: float = SWEEP_INTERVAL_S,
+        stuck_after_s: float = STUCK_AFTER_S,
+    ) -> None:
+        self._reconciler = reconciler
+        self._sweep = sweep
+        self._tick_s = tick_s
+        self._sweep_interval_s = sweep_interval_s
+        self._stuck_after_s = stuck_after_s
+        self._wake = threading.Event()
+        self._stopping = False
+        self._ticked_at = time.monotonic()
+        self._swept_at = float("-inf")
+        self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
+
+    def start(self) -> None:
+        self._ticked_at = time.monotonic()
+        self._thread.start()
+
+    def poke(self) -> None:
+        self._wake.set()
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """End after the tick that is under way; the records hold all there is to remember."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def check_health(self) -> None:
+        """Raise TuneloomError if the loop has died or one tick hangs."""
+        if not self._thread.is_alive():
+            raise TuneloomError("The reconcile loop has ended.")
+        silent_s = time.monotonic() - self._ticked_at
+        if silent_s > self._stuck_after_s:
+            raise TuneloomError(f"The reconcile loop has been stuck for {silent_s:.0f} s.")
+
+    def _run(self) -> None:
+        while not self._stopping:
+            # Cleared before the work: a poke during it is not lost.
+            self._wake.clear()
+            self._guard(self._reconciler.tick, "tick")
+            if time.monotonic() - self._swept_at > self._sweep_interval_s:
+                self._swept_at = time.monotonic()
+                self._guard(self._sweep, "sweep")
+            self._ticked_at = time.monotonic()
+            self._wake.wait(self._tick_s)
+
+    def _guard(self, work: Callable[[], None], name: str) -> None:
+        """The loop outlives what goes wrong in it: the store may be away for a while."""
+        try:
+            work()
+        except Exception:
+            logger.exception("%s failed", name)
+
+
+class Control:
+    """One replica reconciles all jobs of an installation. A second one, during an update, does no harm."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import ray
+
+        tree = Settings.model_validate(settings)
+        cluster = ray.get_runtime_context().gcs_address
+        self._store = open_store(tree)
+        self._checker = ProcessChecker(tree.home, tree.control.check_timeout_s)
+        launcher = RayJobsLauncher(lambda: ray_jobs_client(cluster), tree.home)
+        reconciler = Reconciler(self._store, launcher, self._checker, tree.train)
+        self._loop = ControlLoop(reconciler, lambda: sweep(self._store), tree.control.tick_s)
+        self._loop.start()
+
+    def poke(self) -> None:
+        self._loop.poke()
+
+    def check_health(self) -> None:
+        self._loop.check_health()
+
+    def __del__(self) -> None:
+        # Serve calls this when the replica goes; after a failed start there is nothing to end.
+        if "_loop" in self.__dict__:
+            self._loop.stop()
+            self._checker.close()
+            self._store.close()

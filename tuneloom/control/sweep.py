@@ -1,0 +1,57 @@
+"""Removes what has had its time: expired files and uploads, rows of repetition. Each step may be done again."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from tuneloom.control import files, repeat
+from tuneloom.store import Store
+from tuneloom.store.base import Range, StoreConflict, Write
+
+logger = logging.getLogger(__name__)
+
+BATCH = 200
+# An upload that is over stays visible as such for a while.
+UPLOAD_MEMORY_S = 24 * 3600.0
+
+
+def sweep(store: Store, clock: Callable[[], float] = time.time) -> None:
+    """One round; a few hundred records of each kind at most."""
+    now = clock()
+    for step in (_sweep_files, _sweep_uploads, _sweep_repeats):
+        try:
+            step(store, now)
+        except StoreConflict:
+            logger.info("sweep met a writer, the next round goes on: %s", step.__name__)
+
+
+def _sweep_files(store: Store, now: float) -> None:
+    for stored in store.records.files.query(order_by="expires_at", bounds=Range(at_most=now), limit=BATCH):
+        file = stored.value
+        if file.expires_at is None or files.users_of(store.records, file.owner, file.id):
+            continue
+        store.records.commit(store.records.files.delete(stored))
+        store.blobs.delete(file.blob)
+        logger.info("expired file removed: %s", file.id)
+
+
+def _sweep_uploads(store: Store, now: float) -> None:
+    over = store.records.uploads.query(order_by="expires_at", bounds=Range(at_most=now), limit=BATCH)
+    for stored in over:
+        upload = stored.value
+        if upload.status == "pending":
+            expired = upload.model_copy(update={"status": "expired"})
+            store.records.commit(store.records.uploads.replace(stored, expired))
+        elif upload.expires_at <= now - UPLOAD_MEMORY_S:
+            files.drop_parts(store, upload.id)
+            store.records.commit(store.records.uploads.delete(stored))
+        else:
+            files.drop_parts(store, upload.id)
+
+
+def _sweep_repeats(store: Store, now: float) -> None:
+    bounds = Range(at_most=now - repeat.KEY_LIFE_S)
+    old = store.records.repeats.query(order_by="created_at", bounds=bounds, limit=BATCH)
+    writes: list[Write] = [store.records.repeats.delete(stored) for stored in old]
+    if writes:
+        store.records.commit(*writes)
