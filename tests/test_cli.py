@@ -1,0 +1,270 @@
+"""The command line as a stranger meets it: what it prints, what it refuses, which exit codes it gives."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.test_bases import write_gguf
+from tuneloom import cli, cluster, config
+from tuneloom.domain import LOCAL_OWNER, hash_secret
+from tuneloom.store import open_store
+
+BASE = "tiny/llama"
+
+
+class Shell:
+    """Runs commands in this process, as the script does, and keeps what they printed."""
+
+    def __init__(self, home: Path, capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
+        self.home, self._capture, self._patch = home, capture, patch
+        self.out = self.err = ""
+
+    def __call__(self, *arguments: str) -> int:
+        self._patch.setattr(sys, "argv", ["tuneloom", "--home", str(self.home), *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        self.out, self.err = self._capture.readouterr()
+        return code
+
+
+@pytest.fixture
+def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
+    return Shell(tmp_path / "home", capsys, monkeypatch)
+
+
+@pytest.fixture
+def tiny_home(shell: Shell, tiny_base: Path) -> Path:
+    """A home that serves the tiny base and nothing else."""
+    assert shell("bases", "add", str(tiny_base), "--id", BASE) == 0
+    (shell.home / "config.yaml").write_text("bases: [{id: tiny/llama}]\nbase_aliases: {old-name: tiny/llama}\n")
+    return shell.home
+
+
+def test_help_comes_at_once():
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "tuneloom.cli", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("up", "down", "status", "env", "keys", "models", "jobs", "bases"))
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["keys", "create", "--what"], ["jobs", "show"]])
+def test_a_mistyped_command_is_exit_code_2(arguments: list[str], shell: Shell):
+    assert shell(*arguments) == 2
+    assert "Usage:" in shell.err
+
+
+def test_a_wrong_config_names_the_file_and_the_field(shell: Shell):
+    shell.home.mkdir()
+    (shell.home / "config.yaml").write_text("gateway: {port: many}\n")
+    assert shell("status") == 1
+    assert "config.yaml" in shell.err and "gateway.port" in shell.err and "Traceback" not in shell.err
+    assert shell("down") == 0  # what runs can be stopped all the same
+
+
+def test_nothing_runs_in_a_new_home(shell: Shell):
+    assert shell("down") == 0 and "nothing was running" in shell.out
+    assert shell("status") == 3 and "not running" in shell.out
+    assert shell("env") == 3 and shell.out == "" and "tuneloom up" in shell.err
+    assert shell("jobs", "list") == 1 and "Start it: `tuneloom up`" in shell.err
+    assert shell("models", "list") == 0 and shell.out == ""
+
+
+def test_status_for_programs_has_the_same_fields_up_or_down(shell: Shell, tiny_home: Path):
+    assert shell("status", "--json") == 3
+    report = json.loads(shell.out)
+    assert report["running"] is False
+    assert report["applications"] == {} and report["jobs"] == []
+    assert report["bases"][0] == {"id": BASE, "size_mb": 0, "context_length": 512, "state": "not running"}
+    assert {"bases", "database", "free"} <= report["disk_mb"].keys()
+
+
+def test_keys_are_made_listed_and_revoked(shell: Shell):
+    assert shell("keys", "create", "--name", "phone", "--scope", "inference", "--expires-in", "30d") == 0
+    secret = shell.out.strip()
+    assert secret.startswith("sk-") and "inference" in shell.err and secret not in shell.err
+
+    settings = config.load(shell.home)
+    store = open_store(settings)
+    (stored,) = store.records.keys.query({"hash": hash_secret(config.read_pepper(settings), secret)})
+    store.close()
+    assert (stored.value.owner, stored.value.scopes) == (LOCAL_OWNER, ("inference",))
+
+    assert shell("keys", "list") == 0
+    assert stored.value.id in shell.out and "phone" in shell.out and secret not in shell.out
+    assert shell("keys", "revoke", stored.value.id) == 0
+    assert shell("keys", "list", "--json") == 0
+    (listed,) = json.loads(shell.out)
+    assert listed["revoked_at"] is not None and "hash" not in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["create", "--scope", "everything"], "Unknown scope 'everything'"),
+        (["create", "--expires-in", "soon"], "Invalid `expires_in`"),
+        (["create", "--owner", "../x"], "Invalid `owner`"),
+        (["revoke", "key_none"], "No such key: `key_none`"),
+    ],
+)
+def test_a_wrong_key_command_says_what_is_wrong(arguments: list[str], message: str, shell: Shell):
+    assert shell("keys", *arguments) == 1
+    assert message in shell.err and shell.out == ""
+
+
+def test_bases_come_from_folders_and_gguf_files(shell: Shell, tiny_home: Path, tiny_base: Path, tmp_path: Path):
+    gguf = write_gguf(tmp_path / "small.gguf", tiny_base)
+    assert shell("bases", "add", str(gguf)) == 1 and "--id" in shell.err
+    assert shell("bases", "add", str(gguf), "--id", "my/small") == 0
+    assert shell("bases", "list", "--verify") == 0
+    rows = {line.split()[0]: line.split()[-1] for line in shell.out.splitlines()[1:]}
+    assert rows == {BASE: "yes", "my/small": "no"}
+    assert shell("bases", "remove", "my/small") == 0
+    assert shell("bases", "remove", "my/small") == 1 and "does not exist" in shell.err
+
+
+def test_adapters_come_in_take_turns_and_go_out_as_they_came(
+    shell: Shell, tiny_home: Path, tiny_adapters: list[Path], tmp_path: Path
+):
+    assert shell("models", "import", str(tiny_adapters[0]), "--name", "bot") == 0
+    assert shell.out.startswith("bot@v1 (ft:tiny/llama:local:bot:")
+    assert shell("models", "import", str(tiny_adapters[1]), "--name", "bot", "--base", "old-name") == 0
+
+    assert shell("models", "list") == 0
+    assert "bot@v1 *" in shell.out and "bot@v2  " in shell.out
+    assert shell("models", "activate", "bot@v2") == 0 and "bot calls v2" in shell.out
+    assert shell("models", "rollback", "bot") == 0 and "bot calls v1" in shell.out
+    assert shell("models", "rollback", "bot") == 1 and "no version before" in shell.err
+
+    target = tmp_path / "out"
+    assert shell("models", "download", "bot@v2", "--to", str(target)) == 0
+    weights = "adapter_model.safetensors"
+    assert (target / weights).read_bytes() == (tiny_adapters[1] / weights).read_bytes()
+    assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
+    assert shell("models", "download", "bot@v2", "--to", str(target)) == 1 and "is there already" in shell.err
+
+    assert shell("models", "delete", "bot@v1") == 0
+    assert shell("models", "delete", "bot") == 0
+    assert shell("models", "list") == 0 and shell.out == ""
+
+
+def test_a_downloaded_adapter_is_loaded_by_plain_peft(
+    shell: Shell, tiny_home: Path, tiny_base: Path, tiny_adapters: list[Path], tmp_path: Path
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    shell("models", "import", str(tiny_adapters[0]), "--name", "bot")
+    assert shell("models", "download", "bot", "--to", str(tmp_path / "bot")) == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "bot")
+    assert model.peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["activate", "bot"], "Write it as `bot@v2`"),
+        (["activate", "bot@v1"], "`bot` does not exist"),
+        (["download", "nothing"], "`nothing` does not exist"),
+        (["delete", "nothing"], "`nothing` does not exist"),
+        (["import", "nowhere"], "no readable `adapter_config.json`"),
+    ],
+)
+def test_a_wrong_model_command_says_what_is_wrong(arguments: list[str], message: str, shell: Shell, tiny_home: Path):
+    assert shell("models", *arguments) == 1
+    assert message in shell.err
+
+
+def test_an_import_may_not_hide_a_base_and_must_fit_one(shell: Shell, tiny_home: Path, tiny_adapters: list[Path]):
+    source = str(tiny_adapters[0])
+    assert shell("models", "import", source, "--name", "old-name") == 1 and "base model" in shell.err
+    assert shell("models", "import", source, "--base", "other") == 1 and "is not served here" in shell.err
+
+
+@pytest.fixture
+def api(shell: Shell) -> Iterator[list[str]]:
+    """A server with one job in the place of the API; the list has what it was asked."""
+    asked: list[str] = []
+    job = {"id": "ftjob-1", "status": "succeeded", "created_at": 1_700_000_000, "fine_tuned_model": "ft:b:local:x:1"}
+    event = {"id": "e1", "created_at": 1_700_000_000, "level": "info", "message": "Step 1/2: training loss=2.10"}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            if self.headers["Authorization"] != "Bearer sk-admin":
+                return self._answer(401, {"error": {"message": "Incorrect API key provided."}})
+            if "ftjob-2" in self.path:
+                return self._answer(404, {"error": {"message": "No such job: `ftjob-2`."}})
+            if self.path.endswith("/jobs?limit=20"):
+                return self._answer(200, {"data": [job]})
+            if "/events" in self.path:
+                return self._answer(200, {"data": [event]})
+            return self._answer(200, job)
+
+        do_POST = do_GET
+
+        def _answer(self, status: int, body: dict) -> None:
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    cluster.write_private(shell.home / "admin-key", "sk-admin\n")
+    state = cluster.ClusterState(
+        id="c1",
+        started_at=0,
+        host="127.0.0.1",
+        port=server.server_address[1],
+        gcs_address="127.0.0.1:1",
+        dashboard_port=1,
+        folder=shell.home,
+    )
+    cluster.write_state(shell.home, state)
+    yield asked
+    server.shutdown()
+    thread.join(5)
+    server.server_close()
+
+
+def test_jobs_are_shown_and_changed_through_the_api(shell: Shell, api: list[str]):
+    assert shell("jobs", "list") == 0
+    assert shell.out.splitlines()[1].split() == ["ftjob-1", "succeeded", "2023-11-14", "22:13:20", "ft:b:local:x:1"]
+    assert shell("jobs", "show", "ftjob-1") == 0 and json.loads(shell.out)["id"] == "ftjob-1"
+    for verb in ("cancel", "pause", "resume"):
+        assert shell("jobs", verb, "ftjob-1") == 0
+        assert api[-1] == f"POST /v1/fine_tuning/jobs/ftjob-1/{verb}"
+    assert shell("jobs", "events", "ftjob-1", "--follow") == 0
+    assert "2023-11-14 22:13:20  info   Step 1/2: training loss=2.10" in shell.out
+
+
+def test_the_apis_own_words_reach_the_user(shell: Shell, api: list[str]):
+    assert shell("jobs", "cancel", "ftjob-2") == 1
+    assert shell.err == "error: No such job: `ftjob-2`.\n"
+    cluster.write_private(shell.home / "admin-key", "sk-other\n")
+    assert shell("jobs", "list") == 1 and "Incorrect API key" in shell.err
+
+
+def test_env_prints_lines_for_a_shell(shell: Shell, api: list[str]):
+    assert shell("env") == 0
+    base_url, key = shell.out.splitlines()
+    assert base_url.startswith("export OPENAI_BASE_URL=http://127.0.0.1:") and base_url.endswith("/v1")
+    assert key == "export OPENAI_API_KEY=sk-admin"
+    assert shell("env", "--ray") == 0
+    assert "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:1" in shell.out and "RAY_AUTH_TOKEN_PATH" in shell.out

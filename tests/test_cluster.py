@@ -1,0 +1,373 @@
+"""The local cluster: found by its mark, stopped whole, brought up again after anything, alone among others."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from tuneloom import bases, cluster, config, up
+from tuneloom.cluster import ClusterError, ClusterState
+
+BASE = "tiny/llama"
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Iterator:
+    """Start a process that says it belongs to a home's cluster; whatever is left is killed afterwards."""
+    started: list[subprocess.Popen] = []
+
+    def start(home: Path | None, code: str = "import time; time.sleep(60)") -> subprocess.Popen:
+        environment = {**os.environ, "TUNELOOM_HOME": str(home)}
+        if home is not None:
+            environment[cluster.MARKER] = "c1"
+        ready = f"print('ready', flush=True); {code}"
+        process = subprocess.Popen(
+            [sys.executable, "-c", ready], env=environment, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+def make_state(home: Path, **changes: object) -> ClusterState:
+    fields = {
+        "id": "c1",
+        "started_at": time.time(),
+        "host": "127.0.0.1",
+        "port": 8000,
+        "gcs_address": "127.0.0.1:1",
+        "dashboard_port": 1,
+        "folder": home / "run" / "ray",
+    }
+    state = ClusterState.model_validate({**fields, **changes})
+    cluster.write_state(home, state)
+    return state
+
+
+def test_only_processes_with_the_mark_of_this_home_are_its_own(spawn, tmp_path: Path):
+    home, other = tmp_path / "home", tmp_path / "other"
+    mine, foreign, plain = spawn(home), spawn(other), spawn(None)
+
+    assert [process.pid for process in cluster.processes(home)] == [mine.pid]
+    assert cluster.stop(home) == 1
+    assert mine.poll() is not None
+    assert foreign.poll() is None and plain.poll() is None
+
+
+def test_a_process_that_has_lost_its_parent_is_still_found(spawn, tmp_path: Path):
+    parent = spawn(
+        tmp_path,
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
+        "stdout=subprocess.DEVNULL, start_new_session=True); time.sleep(60)",
+    )
+    deadline = time.monotonic() + 10
+    while len(cluster.processes(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait(5)
+
+    (orphan,) = cluster.processes(tmp_path)
+    assert cluster.stop(tmp_path) == 1
+    assert not orphan.is_running()
+
+
+def test_a_process_that_ignores_sigterm_is_killed(spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "STOP_GRACE_S", 0.5)
+    stubborn = spawn(
+        tmp_path, "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('set'); time.sleep(60)"
+    )
+    time.sleep(0.3)
+    cluster.stop(tmp_path)
+    assert stubborn.poll() is not None
+
+
+def test_a_stopped_cluster_is_remembered_as_stopped_and_keeps_its_port(tmp_path: Path):
+    make_state(tmp_path, port=8123)
+    cluster.stop(tmp_path)
+    state = cluster.read_state(tmp_path)
+    assert state is not None
+    assert (state.is_up, state.port) == (False, 8123)
+    assert not cluster.is_whole(tmp_path)
+
+
+def test_a_damaged_state_file_counts_as_none(tmp_path: Path):
+    (tmp_path / cluster.STATE_FILE).write_text("{half")
+    assert cluster.read_state(tmp_path) is None
+    assert cluster.processes(tmp_path) == []
+
+
+def test_two_ups_at_once_are_kept_apart_and_a_dead_one_holds_nothing(tmp_path: Path):
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import pathlib, sys, time; from tuneloom import cluster\n"
+            "with cluster.exclusive(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)",
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    with holder, contextlib.closing(holder.stdout):
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(ClusterError, match="Another `tuneloom up` or `down`"), cluster.exclusive(tmp_path, 0.2):
+            pass
+        holder.kill()
+    with cluster.exclusive(tmp_path, 0.2):
+        pass
+
+
+def test_a_busy_port_gives_way_to_the_next():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cluster.free_port("127.0.0.1", port) > port
+    assert cluster.free_port("127.0.0.1", port) == port
+    assert cluster.free_port("127.0.0.1", 0) > 0
+
+
+def test_the_clusters_environment_has_nothing_of_the_callers_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "TUNELOOM_JOB"):
+        monkeypatch.setenv(name, "foreign")
+    state = make_state(tmp_path, gcs_address="10.0.0.1:20001", dashboard_port=20002)
+    environment = cluster._environment(tmp_path, state)
+
+    assert "foreign" not in environment.values()
+    assert environment["RAY_ADDRESS"] == "10.0.0.1:20001"
+    assert environment["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:20002"
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+def test_secrets_and_sockets_are_their_users_alone(tmp_path: Path):
+    deep = tmp_path / ("x" * 80)
+    deep.mkdir()
+    token = cluster.ensure_token(deep)
+    assert cluster.ensure_token(deep) == token
+    assert stat.S_IMODE((deep / cluster.TOKEN_FILE).stat().st_mode) == 0o600
+
+    folder = cluster._ray_folder(deep)
+    try:
+        assert len(str(folder)) <= cluster.MAX_RAY_FOLDER
+        assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+        folder.parent.chmod(0o777)
+        with pytest.raises(ClusterError, match="not a folder of yours alone"):
+            cluster._ray_folder(deep)
+    finally:
+        shutil.rmtree(folder.parent)
+
+
+def test_there_are_cpus_for_all_that_is_configured(tmp_path: Path):
+    many = [{"id": f"b{i}", "num_cpus": 2, "replicas": 2} for i in range(4)]
+    settings = config.Settings.model_validate({"home": tmp_path, "bases": many, "train": {"max_running": 3}})
+    assert cluster.num_cpus(settings) >= 4 * 2 * 2 + 3
+
+
+def test_a_base_that_nobody_has_added_stops_up_with_advice(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("bases: [{id: my/base}]\n")
+    with pytest.raises(up.InvalidRequest, match="tuneloom bases add FOLDER --id my/base"):
+        up.up(config.load(tmp_path), print)
+    assert cluster.read_state(tmp_path) is None
+
+
+def test_the_admin_key_is_made_once_and_again_only_when_it_is_of_no_use(tmp_path: Path):
+    settings = config.load(tmp_path)
+    first, is_new = up.ensure_admin_key(settings)
+    assert is_new and up.ensure_admin_key(settings) == (first, False)
+    assert stat.S_IMODE((tmp_path / up.KEY_FILE).stat().st_mode) == 0o600
+
+    (tmp_path / "tuneloom.db").unlink()
+    for leftover in tmp_path.glob("tuneloom.db-*"):
+        leftover.unlink()
+    second, is_new = up.ensure_admin_key(settings)
+    assert is_new and second != first
+
+
+# On a real cluster. One after another they take one installation through its days.
+
+
+class Home:
+    """An installation with a tiny base, driven by its command line as from a stranger's shell."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def run(self, *arguments: str, timeout_s: float = 300, **extra: str) -> subprocess.CompletedProcess:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNELOOM_", "OPENAI_"))}
+        command = [sys.executable, "-m", "tuneloom.cli", "--home", str(self.path), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env={**inherited, **extra})
+
+    def succeed(self, *arguments: str, **options) -> str:
+        done = self.run(*arguments, **options)
+        assert done.returncode == 0, f"{arguments}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    @property
+    def state(self) -> ClusterState:
+        state = cluster.read_state(self.path)
+        assert state is not None
+        return state
+
+    def exports(self, *options: str) -> dict[str, str]:
+        """What `eval "$(tuneloom env)"` puts into a shell."""
+        lines = self.succeed("env", *options)
+        script = f"{lines}\n{sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
+        shell = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=30)
+        return json.loads(shell.stdout)
+
+    def answers(self) -> bool:
+        exports = self.exports()
+        answer = httpx.post(
+            f"{exports['OPENAI_BASE_URL']}/chat/completions",
+            json={"model": BASE, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
+            headers={"Authorization": f"Bearer {exports['OPENAI_API_KEY']}"},
+            timeout=60,
+            trust_env=False,
+        )
+        return answer.status_code == 200
+
+
+@pytest.fixture(scope="module")
+def home(tiny_base: Path) -> Iterator[Home]:
+    # A short path: Ray's sockets live below it.
+    folder = Path(tempfile.mkdtemp(prefix="tl-"))
+    home = Home(folder / "h")
+    bases.add_folder(home.path / "bases", tiny_base, BASE)
+    settings = {
+        "bases": [{"id": BASE, "engine": {"dtype": "fp32", "threads": 1}}],
+        "base_aliases": {},
+        "gateway": {"port": 0},
+    }
+    (home.path / "config.yaml").write_text(yaml.safe_dump(settings))
+    try:
+        yield home
+    finally:
+        home.run("down")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_up_ends_with_an_answer_a_key_and_the_way_to_use_them(home: Home):
+    output = home.succeed("up", RAY_ADDRESS="10.255.255.1:6379")  # a foreign cluster in the shell means nothing
+
+    assert f"{home.state.api_url}/v1" in output and home.state.dashboard_url in output
+    key = (home.path / up.KEY_FILE).read_text().strip()
+    assert output.count(key) == 1
+    assert home.answers()
+    assert home.exports()["OPENAI_API_KEY"] == key
+
+    report = json.loads(home.succeed("status", "--json"))
+    assert report["running"] and report["problem"] is None
+    assert {"gateway", "control", "base-tiny-llama"} <= report["applications"].keys()
+    assert [base["id"] for base in report["bases"]] == [BASE]
+    assert "running at" in home.succeed("status")
+
+
+@pytest.mark.cluster
+def test_a_second_up_says_that_it_is_running_and_touches_nothing(home: Home):
+    before = {process.pid for process in cluster.processes(home.path)}
+    output = home.succeed("up")
+    assert "running already" in output
+    assert "admin key" not in output
+    assert before <= {process.pid for process in cluster.processes(home.path)}
+
+
+@pytest.mark.cluster
+def test_the_dashboard_needs_the_token_and_listens_on_loopback(home: Home):
+    url = f"{home.state.dashboard_url}/api/jobs/"
+    assert httpx.get(url, trust_env=False).status_code == 401
+    exports = home.exports("--ray")
+    token = Path(exports["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    assert httpx.get(url, headers={"Authorization": f"Bearer {token}"}, trust_env=False).status_code == 200
+
+    port = home.state.dashboard_port
+    listening = [c for p in cluster.processes(home.path) for c in p.net_connections("tcp") if c.status == "LISTEN"]
+    assert {c.laddr.ip for c in listening if c.laddr.port == port} == {"127.0.0.1"}
+    assert {c.laddr.ip for c in listening if c.laddr.port == home.state.port} == {"127.0.0.1"}
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_after_a_power_cut_up_brings_back_the_same_keys(home: Home):
+    key = home.exports()["OPENAI_API_KEY"]
+    for process in cluster.processes(home.path):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    status = home.run("status")
+    assert status.returncode == 3 and "its processes have ended" in status.stdout
+
+    output = home.succeed("up")
+    assert "admin key" not in output
+    assert home.exports()["OPENAI_API_KEY"] == key
+    assert home.answers()
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_another_cluster_of_the_host_lives_beside_it_and_down_leaves_it_alone(home: Home):
+    before = {process.pid for process in cluster.processes(home.path)}
+    with foreign_cluster() as foreign:
+        started = time.monotonic()
+        home.succeed("down")
+        assert time.monotonic() - started < 30
+        assert not cluster.processes(home.path)
+        assert foreign.is_running() and not any(psutil.pid_exists(pid) for pid in before)
+
+        assert home.run("status").returncode == 3
+        assert home.run("env").returncode == 3
+        assert "nothing was running" in home.succeed("down")
+
+        home.succeed("up")
+        assert home.answers()
+        assert foreign.is_running()
+
+
+@contextlib.contextmanager
+def foreign_cluster() -> Iterator[psutil.Process]:
+    """A small Ray cluster as somebody else would start it: in a folder, on ports and under rules of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="fo-"))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNELOOM_"))}
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "FOREIGN": str(folder)}
+    ports = [str(port) for port in cluster._free_ports(3)]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--include-dashboard", "false"]
+    command += ["--port", ports[0], "--ray-client-server-port", ports[1], "--dashboard-agent-listen-port", ports[2]]
+    command += ["--temp-dir", str(folder), "--num-cpus", "1", "--object-store-memory", str(80 << 20)]
+    try:
+        subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, start_new_session=True)
+        yield next(process for process in _foreign(folder) if "gcs_server" in " ".join(process.cmdline()))
+    finally:
+        for process in _foreign(folder):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _foreign(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("FOREIGN") == str(folder):
+                found.append(process)
+    return found
