@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tuneloom.errors import InvalidRequest, TuneloomError
+from tuneloom.errors import InvalidRequest, Overloaded, TuneloomError
 from tuneloom.store.base import BlobCorrupt, BlobExists, BlobInfo, BlobNotFound
 from tuneloom.store.limits import check_key
 
 CHUNK_BYTES = 1 << 20
 STALE_DRAFT_S = 24 * 3600.0
+MAX_TRIES = 1000
 
 
 class FileBlobs:
@@ -68,6 +69,8 @@ class FileBlobs:
 
     def list(self, prefix: str) -> list[BlobInfo]:
         root = self._path(prefix)
+        if root.is_symlink():
+            return []
         paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
         infos = (_info(path.relative_to(self._data).as_posix(), path) for path in paths)
         return sorted((info for info in infos if info), key=lambda info: info.key)
@@ -99,28 +102,28 @@ class FileBlobs:
         return tuple(folder for folder in path.parents if self._data in folder.parents)
 
     def _publish(self, draft: Path, key: str, path: Path, sha256: str) -> None:
-        while True:
-            try:
+        for _ in range(MAX_TRIES):
+            # Both raise when another process removes a folder that is empty between the two calls, or the blob.
+            with contextlib.suppress(FileNotFoundError, FileExistsError, NotADirectoryError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.link(draft, path)
                 break
-            except FileNotFoundError:
-                # Another process removed a folder that was empty between the two calls.
-                continue
-            except (FileExistsError, NotADirectoryError) as error:
-                if self._holds(key, path, sha256):
-                    break
-                raise BlobExists(f"The blob `{key}` exists with other bytes. Use another key.") from error
+            with contextlib.suppress(BlobNotFound):
+                if self._sha256(key) != sha256:
+                    raise BlobExists(f"The blob `{key}` exists with other bytes. Use another key.")
+                break
+            if path.is_dir() or any(folder.is_file() for folder in self._folders(path)):
+                raise InvalidRequest(f"The blob key `{key}` is inside or above another blob. Use another key.")
+        else:
+            raise Overloaded(f"Too many processes write and delete `{key}`. Try again.", retry_after_s=1.0)
         # The whole chain, also for a blob that was there: its writer may have died before its own sync.
         for folder in (*self._folders(path), self._data):
-            _sync(folder)
+            with contextlib.suppress(FileNotFoundError):
+                _sync(folder)
 
-    def _holds(self, key: str, path: Path, sha256: str) -> bool:
-        try:
-            with self.open(key) as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        except BlobNotFound as error:
-            raise InvalidRequest(f"The blob key `{key}` is inside or above another blob. Use another key.") from error
+    def _sha256(self, key: str) -> str:
+        with self.open(key) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _sweep(self) -> None:
         oldest = time.time() - STALE_DRAFT_S

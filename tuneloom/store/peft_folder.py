@@ -222,10 +222,9 @@ def _check_patterns(config: AdapterConfig) -> None:
         if len(patterns) > MAX_PATTERNS:
             raise AdapterRejected(f"`{field}` has {len(patterns)} entries; at most {MAX_PATTERNS} are served.")
         wild = [pattern for pattern in patterns if not _MODULE_PATTERN.fullmatch(pattern)]
+        for pattern in [pattern for pattern in wild if not _is_safe(pattern)] or wild[MAX_WILD_PATTERNS:]:
+            raise AdapterRejected(f"`{field}` has the pattern `{pattern[:100]}`. Use the names of modules instead.")
         for pattern, value in patterns.items():
-            if len(wild) > MAX_WILD_PATTERNS or not _is_safe(pattern):
-                pattern = wild[0] if wild else pattern
-                raise AdapterRejected(f"`{field}` has the pattern `{pattern[:100]}`. Use the names of modules instead.")
             if not 0 < value < math.inf:
                 raise AdapterRejected(f"`{field}` gives `{pattern[:100]}` the value {value}; it must be above 0.")
 

@@ -200,7 +200,7 @@ class SqliteDocuments:
 
 
 class _Connection(sqlite3.Connection):
-    """A connection that can be weakly referenced: it closes with the thread that used it."""
+    """A connection that can be weakly referenced: it is collected after the thread that used it."""
 
 
 class _Forks:

@@ -1,0 +1,150 @@
+import gc
+import os
+import sqlite3
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.store.contract import DocumentsContract
+from tuneloom.errors import InvalidRequest, Overloaded, TuneloomError
+from tuneloom.store.base import Create, Increment, Range
+from tuneloom.store.sqlite import SqliteDocuments
+from tuneloom.store.sqlite_query import select
+
+
+class TestSqliteDocuments(DocumentsContract):
+    @pytest.fixture
+    def documents_url(self, tmp_path: Path) -> str:
+        return f"sqlite:{tmp_path / 'home' / 'documents.db'}"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "documents.db"
+
+
+def test_documents_are_there_after_reopening(path: Path) -> None:
+    first = SqliteDocuments(path)
+    rev = first.commit([Create("things", "a", {"v": 1})])["things", "a"]
+    first.close()
+    found = SqliteDocuments(path).find("things", "a")
+    assert found is not None and (found.data, found.rev) == ({"v": 1}, rev)
+
+
+def test_each_commit_is_on_disk_when_it_returns(path: Path) -> None:
+    documents = SqliteDocuments(path)
+    with documents._use() as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,), "2 is FULL: a sync at each commit"
+
+
+def test_the_files_are_readable_by_their_user_only(path: Path) -> None:
+    documents = SqliteDocuments(path)
+    documents.commit([Create("things", "a", {})])
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.glob("documents.db*")}
+    assert set(modes.values()) == {0o600}, modes
+
+
+def test_a_commit_that_waits_too_long_is_told_to_come_back(path: Path) -> None:
+    documents = SqliteDocuments(path, timeout_s=0.2)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(Overloaded) as error:
+        documents.commit([Create("things", "a", {})])
+    assert error.value.retry_after_s
+    assert documents.find("things", "a") is None, "readers do not wait"
+    other.execute("ROLLBACK")
+    documents.commit([Create("things", "a", {})])
+
+
+def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(InvalidRequest, match="newer"):
+        SqliteDocuments(path)
+
+
+def test_a_file_that_is_no_database_is_left_alone(path: Path) -> None:
+    path.write_bytes(b"precious notes, " * 100)
+    with pytest.raises(InvalidRequest, match="not a tuneloom database"):
+        SqliteDocuments(path)
+    assert path.read_bytes() == b"precious notes, " * 100
+
+
+def test_a_closed_store_says_so(path: Path) -> None:
+    documents = SqliteDocuments(path)
+    documents.close()
+    documents.close()
+    with pytest.raises(TuneloomError, match="closed"):
+        documents.find("things", "a")
+
+
+def test_a_finished_thread_leaves_no_connection_behind(path: Path) -> None:
+    documents = SqliteDocuments(path)
+    for _ in range(5):
+        thread = threading.Thread(target=documents.find, args=("things", "a"))
+        thread.start()
+        thread.join(timeout=10)
+    gc.collect()
+    assert len(documents._connections) == 1
+
+
+def test_a_forked_process_goes_on_while_threads_write(path: Path) -> None:
+    documents = SqliteDocuments(path)
+    documents.commit([Create("things", "a", {"v": 0})])
+    is_done = threading.Event()
+
+    def write() -> None:
+        while not is_done.is_set():
+            documents.commit([Increment("things", "a", "v", 1)])
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        children = []
+        for i in range(5):
+            child = os.fork()
+            if child == 0:
+                documents.commit([Create("things", f"child{i}", {}), Increment("things", "a", "v", 1000)])
+                os._exit(0)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 5
+    finally:
+        is_done.set()
+        for thread in threads:
+            thread.join(timeout=30)
+    found = documents.query("things")
+    assert [document.id for document in found] == ["a", "child0", "child1", "child2", "child3", "child4"]
+    assert found[0].data["v"] > 5000
+    with documents._use() as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@pytest.mark.parametrize(
+    ("collection", "where", "index"),
+    [
+        ("keys", {"hash": "x"}, "keys_by_hash"),
+        ("versions", {"ft_name": "x"}, "versions_by_ft_name"),
+        ("checkpoints", {"name": "x"}, "checkpoints_by_name"),
+        ("events", {"job_id": "x"}, "events_by_job_id"),
+        ("jobs", {"owner": "x"}, "jobs_by_owner"),
+        ("jobs", {"state": "queued"}, "jobs_by_state"),
+        ("files", {"owner": "x", "purpose": "fine-tune"}, "files_by_owner"),
+        ("models", {"owner": "x"}, "models_by_owner"),
+        ("things", {}, "sqlite_autoindex_documents_1"),
+    ],
+)
+def test_what_is_asked_often_is_found_by_an_index(
+    path: Path, collection: str, where: dict[str, str], index: str
+) -> None:
+    documents = SqliteDocuments(path)
+    statement, values = select(
+        collection, where, order_by="id", descending=True, bounds=Range(), limit=20, after=("x", "x")
+    )
+    with documents._use() as connection:
+        plan = connection.execute(f"EXPLAIN QUERY PLAN {statement}", values).fetchall()
+    assert len(plan) == 1, "no sorting: the index has the order"
+    assert f"USING INDEX {index} (" in plan[0][3]
