@@ -1,0 +1,68 @@
+import re
+import time
+
+import pytest
+
+from tuneloom.control import keys
+from tuneloom.domain import hash_secret
+from tuneloom.errors import InvalidRequest, NotFound
+
+PEPPER = b"p" * 32
+
+
+def test_a_secret_is_shown_once_and_kept_as_a_keyed_hash(store):
+    minted = keys.mint(store.records, PEPPER, owner="ada", name="laptop")
+    assert re.fullmatch(r"sk-[A-Za-z0-9_-]{43}", minted.secret)
+    found = store.records.keys.query({"hash": hash_secret(PEPPER, minted.secret)})
+    assert [stored.value.id for stored in found] == [minted.key.id]
+    assert minted.secret not in minted.key.model_dump_json()
+    assert minted.key.redacted == f"{minted.secret[:6]}...{minted.secret[-4:]}"
+
+
+def test_revoking_is_final_and_may_be_repeated(store):
+    minted = keys.mint(store.records, PEPPER, owner="ada")
+    first = keys.revoke(store.records, minted.key.id)
+    assert first.revoked_at is not None
+    assert keys.revoke(store.records, minted.key.id) == first
+    with pytest.raises(NotFound):
+        keys.revoke(store.records, "key_unknown")
+
+
+def test_keys_are_listed_newest_first_by_owner(store):
+    names = [("ada", "1"), ("bob", "2"), ("ada", "3")]
+    for owner, name in names:
+        keys.mint(store.records, PEPPER, owner=owner, name=name)
+    assert [key.name for key in keys.list_keys(store.records)] == ["3", "2", "1"]
+    assert [key.name for key in keys.list_keys(store.records, "ada")] == ["3", "1"]
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("30d", 2592000), ("12h", 43200), ("90m", 5400), ("2w", 1209600), (60, 60), ("60", 60), (None, None)],
+)
+def test_durations(text, seconds):
+    assert keys.parse_duration(text) == seconds
+
+
+def test_an_expiry_counts_from_now(store):
+    minted = keys.mint(store.records, PEPPER, owner="ada", expires_in="1h")
+    assert minted.key.expires_at == pytest.approx(time.time() + 3600, abs=5)
+
+
+@pytest.mark.parametrize(
+    "wrong, param",
+    [
+        ({"expires_in": "soon"}, "expires_in"),
+        ({"expires_in": 0}, "expires_in"),
+        ({"expires_in": "99999w"}, "expires_in"),
+        ({"scopes": ["root"]}, "scopes"),
+        ({"scopes": []}, "scopes"),
+        ({"owner": "a:b"}, "owner"),
+        ({"owner": "../etc"}, "owner"),
+        ({"name": "x" * 200}, "name"),
+    ],
+)
+def test_what_a_key_may_not_be_is_named(store, wrong, param):
+    with pytest.raises(InvalidRequest) as caught:
+        keys.mint(store.records, PEPPER, **{"owner": "ada", **wrong})
+    assert caught.value.param == param
