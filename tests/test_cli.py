@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: what it prints, what it refuses, which exit codes it gives."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -138,11 +139,16 @@ def test_adapters_come_in_take_turns_and_go_out_as_they_came(
 ):
     assert shell("models", "import", str(tiny_adapters[0]), "--name", "bot") == 0
     assert shell.out.startswith("bot@v1 (ft:tiny/llama:local:bot:")
-    assert shell("models", "import", str(tiny_adapters[1]), "--name", "bot", "--base", "old-name") == 0
+    elsewhere = Path(shutil.copytree(tiny_adapters[1], tmp_path / "elsewhere"))
+    settings = json.loads((elsewhere / "adapter_config.json").read_text())
+    (elsewhere / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "/home/ada/m"}))
+    assert shell("models", "import", str(elsewhere), "--name", "bot", "--base", "old-name") == 0
 
     assert shell("models", "list") == 0
     assert "bot@v1 *" in shell.out and "bot@v2  " in shell.out
     assert shell("models", "activate", "bot@v2") == 0 and "bot calls v2" in shell.out
+    assert shell("models", "activate", "bot", "1") == 0 and "bot calls v1" in shell.out
+    assert shell("models", "activate", "bot", "v2") == 0 and "bot calls v2" in shell.out
     assert shell("models", "rollback", "bot") == 0 and "bot calls v1" in shell.out
     assert shell("models", "rollback", "bot") == 1 and "no version before" in shell.err
 
@@ -173,7 +179,7 @@ def test_a_downloaded_adapter_is_loaded_by_plain_peft(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["activate", "bot"], "Write it as `bot@v2`"),
+        (["activate", "bot"], "Say which version: `tuneloom models activate bot@v2`"),
         (["activate", "bot@v1"], "`bot` does not exist"),
         (["download", "nothing"], "`nothing` does not exist"),
         (["delete", "nothing"], "`nothing` does not exist"),

@@ -1,5 +1,6 @@
 """`tuneloom models`: tuned models and their versions, changed in the store itself; a running API follows at once."""
 
+import json
 import shutil
 import tempfile
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ Name = Annotated[str, typer.Argument(help="A model's name, such as support-bot."
 def list_models(
     context: typer.Context,
     owner: Owner = LOCAL_OWNER,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Models with their versions; `*` marks the active one, which the bare name calls."""
     from tuneloom.control import models
@@ -35,7 +36,7 @@ def list_models(
     with open_store(context) as store:
         found = {model.name: model for model in models.list_models(store.records, owner)}
         versions = models.list_versions(store.records, owner)
-    if json:
+    if as_json:
         print_json([{**v.model_dump(), "active": found[v.model].active == v.number} for v in versions])
         return
     rows = [
@@ -54,15 +55,19 @@ def list_models(
 @app.command()
 def activate(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="A version, such as support-bot@v2.")],
+    name: Annotated[str, typer.Argument(help="A model, or one of its versions, such as support-bot@v2.")],
+    version: Annotated[
+        str | None, typer.Argument(help="The version, such as 2 or v2, if NAME does not say it.")
+    ] = None,
     owner: Owner = LOCAL_OWNER,
 ) -> None:
     """Let the bare name call this version. Requests in flight finish on theirs."""
     from tuneloom.control import models
 
     bare, _, number = name.partition("@v")
+    number = version.removeprefix("v") if version is not None and not number else number
     if not number.isascii() or not number.isdecimal():
-        raise InvalidRequest(f"`{name}` does not name a version. Write it as `{bare or 'support-bot'}@v2`.")
+        raise InvalidRequest(f"Say which version: `tuneloom models activate {bare or 'support-bot'}@v2`.")
     with open_store(context) as store:
         model = models.activate(store.records, owner, bare, int(number))
     typer.echo(f"{model.name} calls v{model.active}")
@@ -119,7 +124,7 @@ def download(
     from tuneloom.store.artifacts import fetch_adapter
 
     with open_store(context) as store:
-        ref = _adapter(store, owner, name)
+        ref, base = _adapter(store, owner, name)
         target = to or Path(name.replace("@", "-").replace(":", "-").replace("/", "-"))
         if target.exists():
             raise Conflict(f"{target} is there already. Remove it, or choose another folder with `--to`.")
@@ -127,6 +132,10 @@ def download(
         with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".tuneloom-") as scratch:
             folder = fetch_adapter(store.blobs, ref, Path(scratch))
             draft = shutil.copytree(folder, Path(scratch) / "draft")
+            # An imported adapter may name a folder of the machine that it was trained on.
+            config = json.loads((draft / "adapter_config.json").read_bytes())
+            text = json.dumps({**config, "base_model_name_or_path": base}, indent=2)
+            (draft / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
             draft.rename(target)
     typer.echo(f"{target} (rank {ref.rank}, {ref.size_bytes / 1e6:.1f} MB)")
 
@@ -145,20 +154,19 @@ def delete(
     typer.echo(f"deleted {name}")
 
 
-def _adapter(store: "Store", owner: str, name: str) -> "AdapterRef":
+def _adapter(store: "Store", owner: str, name: str) -> "tuple[AdapterRef, str]":
+    """The adapter that a name calls, and the id of its base."""
     from tuneloom.control import models
 
     found = models.find_named(store.records, owner, name)
     for stored in (found.version, found.checkpoint) if found else ():
         if stored is not None:
-            return stored.value.adapter
+            return stored.value.adapter, stored.value.base
     raise ModelNotFound.named(name)
 
 
 def _base_of(settings: "Settings", folder: Path) -> str:
     """The base that the adapter's config names, if it is one of ours; else the only one that we serve."""
-    import json
-
     try:
         named = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
