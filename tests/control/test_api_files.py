@@ -1,0 +1,215 @@
+import hashlib
+import time
+
+import pytest
+
+from tests.control.conftest import assert_error
+from tuneloom.control.sweep import sweep
+
+
+def test_a_file_comes_back_as_it_went_in(api):
+    data = b'{"prompt": "a", "completion": "b"}\n' * 1000
+    created = api.post("/v1/files", files={"file": ("rows.jsonl", data)}, data={"purpose": "fine-tune"}).json()
+    assert created["object"] == "file"
+    assert (created["bytes"], created["filename"], created["status"]) == (len(data), "rows.jsonl", "processed")
+    assert api.get(f"/v1/files/{created['id']}").json() == created
+    content = api.get(f"/v1/files/{created['id']}/content")
+    assert content.content == data
+    assert int(content.headers["content-length"]) == len(data)
+    assert api.delete(f"/v1/files/{created['id']}").json() == {"id": created["id"], "object": "file", "deleted": True}
+    assert_error(api.get(f"/v1/files/{created['id']}"), 404, "id", "No such File object")
+    assert api.store.blobs.list("files") == []
+
+
+def test_files_are_listed_by_purpose_and_page(api):
+    ids = [api.upload() for _ in range(3)]
+    other = api.upload(name="x.png", purpose="vision")
+    assert [file["id"] for file in api.get("/v1/files").json()["data"]] == [other, *reversed(ids)]
+    first = api.get("/v1/files", params={"purpose": "fine-tune", "limit": 2, "order": "asc"}).json()
+    assert [file["id"] for file in first["data"]] == ids[:2]
+    assert first["has_more"] is True
+    rest = api.get("/v1/files", params={"purpose": "fine-tune", "order": "asc", "after": ids[1]}).json()
+    assert [file["id"] for file in rest["data"]] == ids[2:]
+    assert rest["has_more"] is False
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("../../etc/passwd.jsonl", "passwd.jsonl"),
+        ("C:\\data\\rows.jsonl", "rows.jsonl"),
+        ("/abs/rows.jsonl", "rows.jsonl"),
+        ("a\x00b\r\n.jsonl", "ab.jsonl"),
+        ("zażółć 🙂.jsonl", "zażółć 🙂.jsonl"),
+    ],
+)
+def test_paths_in_file_names_lead_nowhere(api, name, kept):
+    body = {"filename": name, "purpose": "fine-tune", "bytes": 1, "mime_type": "text/jsonl"}
+    assert api.post("/v1/uploads", json=body).json()["filename"] == kept
+
+
+@pytest.mark.parametrize("name", ["..", "/", "a/..", "\x00"])
+def test_a_name_that_is_only_a_path_is_refused(api, name):
+    body = {"filename": name, "purpose": "vision", "bytes": 1, "mime_type": "x"}
+    assert_error(api.post("/v1/uploads", json=body), 400, "file", "plain file name")
+
+
+@pytest.mark.parametrize(
+    "form, files, param, text",
+    [
+        ({"purpose": "fine-tune"}, {"file": ("rows.csv", b"x")}, "file", ".jsonl"),
+        ({"purpose": "fine-tune"}, {"file": ("rows.jsonl", b"")}, "file", "empty"),
+        ({"purpose": "fine-tune"}, {"other": ("rows.jsonl", b"x")}, "other", "Unknown parameter"),
+        ({"purpose": "steal"}, {"file": ("rows.jsonl", b"x")}, "purpose", "`fine-tune`"),
+        ({}, {"file": ("rows.jsonl", b"x")}, "purpose", "Missing"),
+        ({"purpose": "fine-tune", "x": "1"}, {"file": ("rows.jsonl", b"x")}, "x", "Unknown parameter"),
+        ({"purpose": "vision", "expires_after[anchor]": "created_at"}, {"file": ("x", b"x")}, "expires_after", "both"),
+        (
+            {"purpose": "vision", "expires_after[anchor]": "created_at", "expires_after[seconds]": "5"},
+            {"file": ("x", b"x")},
+            "expires_after.seconds",
+            "3600",
+        ),
+    ],
+)
+def test_what_a_file_may_not_be_is_named(api, form, files, param, text):
+    assert_error(api.post("/v1/files", data=form, files=files), 400, param, text)
+
+
+def test_a_body_that_is_no_form_is_refused(api):
+    assert_error(api.post("/v1/files", content=b"x"), 400, None, "multipart/form-data")
+    broken = {"content-type": "multipart/form-data; boundary=x"}
+    assert_error(api.post("/v1/files", content=b"--y\r\n", headers=broken), 400, None, "cannot be read")
+
+
+def test_a_file_that_is_too_large_is_refused_by_its_announcement_or_on_the_way(api):
+    large = b"x" * (api.settings.gateway.max_file_bytes + 1)
+    refused = api.post("/v1/files", files={"file": ("rows.jsonl", large)}, data={"purpose": "fine-tune"})
+    assert_error(refused, 413, None, "larger than")
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        yield b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+        while taken < 64 << 20:
+            taken += 1 << 20
+            yield b"x" * (1 << 20)
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    assert_error(api.post("/v1/files", content=endless(), headers=headers), 413, None, "larger than")
+    assert api.store.blobs.list("files") == []
+
+
+def test_an_expired_file_is_gone_at_once_and_swept_later(api):
+    form = {"purpose": "vision", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    id = api.post("/v1/files", data=form, files={"file": ("x.png", b"x")}).json()["id"]
+    stored = api.store.records.files.get(id)
+    assert stored.value.expires_at == pytest.approx(time.time() + 3600, abs=5)
+    past = stored.value.model_copy(update={"expires_at": time.time() - 1})
+    api.store.records.commit(api.store.records.files.replace(stored, past))
+    assert api.get(f"/v1/files/{id}").status_code == 404
+    assert api.get("/v1/files").json()["data"] == []
+    sweep(api.store)
+    assert api.store.records.files.find(id) is None
+    assert api.store.blobs.list("files") == []
+
+
+def test_a_file_that_an_unfinished_job_needs_stays(api):
+    job = api.create_job()
+    refused = api.delete(f"/v1/files/{job['training_file']}")
+    assert_error(refused, 409, None, job["id"])
+    assert refused.headers["x-should-retry"] == "false"
+    api.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+    assert api.delete(f"/v1/files/{job['training_file']}").status_code == 200
+
+
+def test_a_retried_upload_is_one_file_and_a_new_one_is_another(api):
+    def send(retry: int) -> str:
+        return api.upload(b"same\n", headers={"x-stainless-retry-count": str(retry)})
+
+    first = send(0)
+    assert send(1) == first
+    assert send(0) != first
+    assert len(api.store.blobs.list("files")) == 2
+
+
+def start_upload(api, size: int, **options) -> str:
+    body = {"filename": "rows.jsonl", "purpose": "fine-tune", "bytes": size, "mime_type": "text/jsonl"}
+    return api.post("/v1/uploads", json={**body, **options}).json()["id"]
+
+
+def add_part(api, upload: str, data: bytes, **options) -> str:
+    return api.post(f"/v1/uploads/{upload}/parts", files={"data": ("part", data)}, **options).json()["id"]
+
+
+def test_an_upload_is_joined_from_its_parts_in_the_order_asked_for(api):
+    upload = start_upload(api, 6)
+    second, first = add_part(api, upload, b"def"), add_part(api, upload, b"abc")
+    body = {"part_ids": [first, second], "md5": hashlib.md5(b"abcdef").hexdigest()}
+    done = api.post(f"/v1/uploads/{upload}/complete", json=body).json()
+    assert done["status"] == "completed"
+    assert api.get(f"/v1/files/{done['file']['id']}/content").content == b"abcdef"
+    assert api.store.blobs.list(f"uploads/{upload}") == []
+    again = api.post(f"/v1/uploads/{upload}/complete", json=body, headers={"x-stainless-retry-count": "1"})
+    assert again.json() == done
+    assert_error(api.post(f"/v1/uploads/{upload}/complete", json=body), 409, None, "completed")
+
+
+def test_a_retried_part_is_one_part_and_alike_parts_are_two(api):
+    upload = start_upload(api, 4)
+    one = add_part(api, upload, b"aa")
+    assert add_part(api, upload, b"aa", headers={"x-stainless-retry-count": "1"}) == one
+    two = add_part(api, upload, b"aa")
+    assert two != one
+    done = api.post(f"/v1/uploads/{upload}/complete", json={"part_ids": [one, two]}).json()
+    assert done["file"]["bytes"] == 4
+
+
+@pytest.mark.parametrize(
+    "body, param, text",
+    [
+        ({"part_ids": ["PART"]}, "part_ids", "announced with 6"),
+        ({"part_ids": ["part_unknown"]}, "part_ids", "no part"),
+        ({"part_ids": []}, "part_ids", ""),
+        ({}, "part_ids", "Missing"),
+        ({"part_ids": ["PART", "PART"], "md5": "0" * 32}, "md5", "md5"),
+    ],
+)
+def test_an_upload_that_is_not_whole_is_not_completed(api, body, param, text):
+    upload = start_upload(api, 6)
+    part = add_part(api, upload, b"abc")
+    if "part_ids" in body:
+        body = {**body, "part_ids": [part if id == "PART" else id for id in body["part_ids"]]}
+    assert_error(api.post(f"/v1/uploads/{upload}/complete", json=body), 400, param, text)
+    assert api.store.records.files.query() == []
+    assert api.store.blobs.list("files") == []
+
+
+def test_a_cancelled_upload_takes_nothing_more(api):
+    upload = start_upload(api, 3)
+    add_part(api, upload, b"abc")
+    assert api.post(f"/v1/uploads/{upload}/cancel").json()["status"] == "cancelled"
+    assert api.store.blobs.list("uploads") == []
+    late = api.post(f"/v1/uploads/{upload}/parts", files={"data": ("part", b"x")})
+    assert_error(late, 409, None, "cancelled")
+
+
+def test_an_upload_expires_after_an_hour(api):
+    upload = start_upload(api, 3)
+    add_part(api, upload, b"abc")
+    stored = api.store.records.uploads.get(upload)
+    old = stored.value.model_copy(update={"expires_at": time.time() - 1})
+    api.store.records.commit(api.store.records.uploads.replace(stored, old))
+    assert_error(api.post(f"/v1/uploads/{upload}/complete", json={"part_ids": ["x"]}), 409, None, "expired")
+    sweep(api.store)
+    sweep(api.store)
+    assert api.store.records.uploads.get(upload).value.status == "expired"
+    assert api.store.blobs.list("uploads") == []
+
+
+def test_a_part_and_an_upload_have_their_limits(api):
+    upload = start_upload(api, 3)
+    large = b"x" * (api.settings.gateway.max_part_bytes + 1)
+    assert api.post(f"/v1/uploads/{upload}/parts", files={"data": ("part", large)}).status_code == 413
+    body = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 9 << 30, "mime_type": "x"}
+    assert api.post("/v1/uploads", json=body).status_code == 413
