@@ -1,0 +1,254 @@
+"""Keys and values of running sequences, and attention over them. Token positions in, no scheduling.
+
+Shapes: T tokens of the batch · H heads · C key/value heads · Q = H / C · D head width · L positions · B cache slots
+"""
+
+import heapq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tuneloom.engine.linear import lazy_zeros
+
+# Length of the decode view is rounded up, so that its shape, and what the allocator keeps for it, changes rarely.
+_LENGTH_STEP = 32
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`length` prompt tokens from `start` in the batch, written behind `past` cached ones of their sequence."""
+
+    slot: int
+    start: int
+    length: int
+    past: int
+
+
+@dataclass(frozen=True)
+class Move:
+    source: int
+    target: int
+
+
+class CacheBatch:
+    """Where the tokens of one batch live: first one token for each decoding sequence, then chunks of prompts."""
+
+    def __init__(self, slots: list[int], positions: list[int], chunks: list[Chunk], device: torch.device) -> None:
+        self.slots, self.positions, self.chunks = slots, positions, chunks
+        self.num_decoding = len(slots)
+        self.num_rows = max(slots, default=-1) + 1
+        self.is_dense = slots == list(range(len(slots)))
+        self.slots_T = torch.tensor(slots, device=device)
+        self.positions_T = torch.tensor(positions, device=device)
+        longest = max(positions, default=0) + 1
+        self.length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+        self._masks: dict[tuple[object, ...], Tensor] = {}
+
+    def decode_start(self, window: int | None) -> int:
+        """The first position that any decoding row sees."""
+        return max(0, min(self.positions) - window + 1) if window else 0
+
+    def decode_mask(self, window: int | None, length: int, like: Tensor) -> Tensor:
+        """Additive mask (rows, 1, 1, length from `decode_start`)."""
+        key = ("decode", window, length)
+        if key not in self._masks:
+            rows = self.positions_T.new_zeros(self.num_rows).index_copy_(0, self.slots_T, self.positions_T)[:, None]
+            seen = torch.arange(self.decode_start(window), length, device=like.device)[None]
+            self._masks[key] = _additive(_visible(rows, seen, window), like)[:, None, None]
+        return self._masks[key]
+
+    def chunk_mask(self, chunk: Chunk, window: int | None, start: int, repeats: int, like: Tensor) -> Tensor:
+        """Additive mask (repeats * length, positions from `start`), the same for each of a group's heads."""
+        key = (chunk, window)
+        if key not in self._masks:
+            end = chunk.past + chunk.length
+            rows = torch.arange(chunk.past, end, device=like.device)[:, None]
+            seen = torch.arange(start, end, device=like.device)[None]
+            self._masks[key] = _additive(_visible(rows, seen, window), like).repeat(repeats, 1)
+        return self._masks[key]
+
+
+class KVCache(Protocol):
+    """Room for the keys and values of sequences, one slot each."""
+
+    def acquire(self) -> int | None: ...
+
+    def release(self, slot: int, *, length: int, is_clean: bool) -> None: ...
+
+    def compact(self, lengths: dict[int, int]) -> list[Move]: ...
+
+    def attend(
+        self,
+        layer: int,
+        query_HTD: Tensor,
+        key_CTD: Tensor,
+        value_CTD: Tensor,
+        batch: CacheBatch,
+        *,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor: ...
+
+
+@dataclass
+class _Layer:
+    key_BCLD: Tensor
+    value_BCLD: Tensor
+
+
+@dataclass
+class DenseCache:
+    """One long row per sequence. Decode attention reads the rows of low slots as a view, without a gather.
+
+    It is bounded by `num_slots * max_length` tokens, and that much address space is reserved when a layer first
+    attends. On a CPU a page is used only once a token is written to it, so memory follows the longest sequence that
+    each slot has held. Other devices pay for all of it at once.
+    """
+
+    num_slots: int
+    max_length: int
+    dtype: torch.dtype
+    device: torch.device
+    _layers: dict[int, _Layer] = field(default_factory=dict)
+    _free: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._free = list(range(self.num_slots))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_slots * self.max_length
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def acquire(self) -> int | None:
+        """The lowest free slot, or None."""
+        return heapq.heappop(self._free) if self._free else None
+
+    def release(self, slot: int, *, length: int, is_clean: bool) -> None:
+        """Free a slot. Unless `is_clean`, what it holds may not be finite and is wiped: masked positions are still
+        multiplied by zero, and zero times NaN would reach the next sequence in the slot.
+        """
+        if not is_clean:
+            for layer in self._layers.values():
+                layer.key_BCLD[slot, :, :length] = 0
+                layer.value_BCLD[slot, :, :length] = 0
+        heapq.heappush(self._free, slot)
+
+    def compact(self, lengths: dict[int, int]) -> list[Move]:
+        """Close gaps when they are more than a quarter of the rows that attention would read.
+
+        `lengths`: the tokens in each slot in use. The caller renames its slots by the moves, in order.
+        """
+        moves: list[Move] = []
+        used = sorted(lengths)
+        if not used or (used[-1] + 1 - len(used)) * 4 <= used[-1] + 1:
+            return moves
+        while used[-1] >= len(used):
+            source = used.pop()
+            target = heapq.heappop(self._free)
+            self._copy(source, target, lengths[source])
+            heapq.heappush(self._free, source)
+            moves.append(Move(source, target))
+            used = sorted([*used, target])
+        return moves
+
+    def attend(
+        self,
+        layer: int,
+        query_HTD: Tensor,
+        key_CTD: Tensor,
+        value_CTD: Tensor,
+        batch: CacheBatch,
+        *,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Write the batch's keys and values, and return (T, H, D) attention over what each token may see."""
+        store = self._layers.get(layer) or self._allocate(layer, key_CTD, value_CTD)
+        parts = []
+        if batch.num_decoding:
+            count = batch.num_decoding
+            store.key_BCLD[batch.slots_T, :, batch.positions_T] = key_CTD[:, :count].transpose(0, 1)
+            store.value_BCLD[batch.slots_T, :, batch.positions_T] = value_CTD[:, :count].transpose(0, 1)
+            parts.append(_decode(store, query_HTD[:, :count].transpose(0, 1), batch, scaling, window))
+        for chunk in batch.chunks:
+            tokens = slice(chunk.start, chunk.start + chunk.length)
+            places = slice(chunk.past, chunk.past + chunk.length)
+            store.key_BCLD[chunk.slot, :, places] = key_CTD[:, tokens]
+            store.value_BCLD[chunk.slot, :, places] = value_CTD[:, tokens]
+            parts.append(_prefill(store, query_HTD[:, tokens], batch, chunk, scaling, window))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _allocate(self, layer: int, key_CTD: Tensor, value_CTD: Tensor) -> _Layer:
+        key, value = (
+            lazy_zeros(
+                self.num_slots, each.shape[0], self.max_length, each.shape[2], dtype=self.dtype, device=self.device
+            )
+            for each in (key_CTD, value_CTD)
+        )
+        store = self._layers[layer] = _Layer(key, value)
+        return store
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        for layer in self._layers.values():
+            layer.key_BCLD[target, :, :length] = layer.key_BCLD[source, :, :length]
+            layer.value_BCLD[target, :, :length] = layer.value_BCLD[source, :, :length]
+
+
+def _decode(store: _Layer, query_THD: Tensor, batch: CacheBatch, scaling: float | None, window: int | None) -> Tensor:
+    """One query per row. Heads that share keys go into the length axis: several times as fast as repeating the keys."""
+    heads, width = query_THD.shape[1:]
+    groups = store.key_BCLD.shape[1]
+    rows = batch.num_rows
+    if not batch.is_dense:
+        query_THD = query_THD.new_zeros(rows, heads, width).index_copy_(0, batch.slots_T, query_THD)
+    length = min(batch.length, store.key_BCLD.shape[2])
+    seen = slice(batch.decode_start(window), length)
+    out = F.scaled_dot_product_attention(
+        query_THD.reshape(rows, groups, heads // groups, width),
+        store.key_BCLD[:rows, :, seen],
+        store.value_BCLD[:rows, :, seen],
+        attn_mask=batch.decode_mask(window, length, query_THD),
+        scale=scaling,
+    ).reshape(rows, heads, -1)
+    return out if batch.is_dense else out.index_select(0, batch.slots_T)
+
+
+def _prefill(
+    store: _Layer, query_HTD: Tensor, batch: CacheBatch, chunk: Chunk, scaling: float | None, window: int | None
+) -> Tensor:
+    heads, length, width = query_HTD.shape
+    groups = store.key_BCLD.shape[1]
+    end = chunk.past + length
+    start = max(0, chunk.past - window + 1) if window else 0
+    key = store.key_BCLD[chunk.slot : chunk.slot + 1, :, start:end]
+    value = store.value_BCLD[chunk.slot : chunk.slot + 1, :, start:end]
+    if chunk.past == 0 and not (window and length > window):
+        out = F.scaled_dot_product_attention(
+            query_HTD[None], key, value, is_causal=True, scale=scaling, enable_gqa=heads > groups
+        )[0]
+        return out.transpose(0, 1)
+    repeats = heads // groups
+    out = F.scaled_dot_product_attention(
+        query_HTD.reshape(1, groups, repeats * length, width),
+        key,
+        value,
+        attn_mask=batch.chunk_mask(chunk, window, start, repeats, query_HTD),
+        scale=scaling,
+    )
+    return out.reshape(heads, length, -1).transpose(0, 1)
+
+
+def _visible(rows: Tensor, seen: Tensor, window: int | None) -> Tensor:
+    visible = seen <= rows
+    return visible & (seen > rows - window) if window else visible
+
+
+def _additive(visible: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(visible, dtype=like.dtype).masked_fill_(~visible, float("-inf"))

@@ -1,0 +1,164 @@
+"""One forward pass over packed tokens of many sequences: the model's own modules with our attention and linears.
+
+All tokens of a step form one row [1, T]. Attention finds its sequences by the `CacheBatch` that travels with the call,
+linears find their adapters by the LoRA plan. Nothing here chooses tokens or sequences.
+"""
+
+import logging
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from tuneloom.engine.kv_cache import CacheBatch, Chunk, DenseCache, KVCache
+from tuneloom.engine.linear import PackedLinear
+from tuneloom.engine.loader import LoadedModel
+from tuneloom.engine.lora import LoraLayers, plan_rows
+from tuneloom.engine.scheduler import Work
+from tuneloom.engine.sequence import Sequence
+from tuneloom.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+_ATTENTION = "tuneloom"
+# Arguments by which some attentions differ from the plain one that is computed here.
+_FOREIGN_ARGUMENTS = ("softcap", "s_aux", "position_bias")
+_TRIAL_TOKENS = 12
+# Relative error of the logits between the base's own attention and ours.
+_TRIAL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+@dataclass
+class StepAttention:
+    """What travels with a forward call to each attention layer."""
+
+    cache: KVCache
+    batch: CacheBatch
+    num_calls: int = 0
+    num_windowed: int = 0
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tuneloom: StepAttention,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of the models; query [1, H, T, D] to [1, T, H, D]."""
+    foreign = [name for name in _FOREIGN_ARGUMENTS if arguments.get(name) is not None]
+    if foreign:
+        raise InvalidRequest(f"This base's attention uses {foreign}, which the engine does not serve.")
+    tuneloom.num_calls += 1
+    tuneloom.num_windowed += sliding_window is not None
+    out = tuneloom.cache.attend(
+        module.layer_idx, query[0], key[0], value[0], tuneloom.batch, scaling=scaling, window=sliding_window
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(_ATTENTION, attend)
+
+
+class Runner:
+    """A model prepared for packed steps. Used by one thread."""
+
+    def __init__(self, loaded: LoadedModel, cache: DenseCache, *, num_adapter_slots: int, prepack: bool) -> None:
+        """Take over `loaded.model`: its linears and attention are replaced.
+
+        Raises:
+            InvalidRequest: with our attention the model computes something else.
+        """
+        self._model, self._body, self._device = loaded.model, loaded.body, loaded.device
+        self._cache = cache
+        ids = torch.arange(_TRIAL_TOKENS, device=loaded.device) * 7 % loaded.vocab_size
+        expected = self._model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
+        self._model.set_attn_implementation(_ATTENTION)
+        self.lora = LoraLayers(loaded.body, prefix=loaded.body_name, num_slots=num_adapter_slots, prepack=prepack)
+        head = self._model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            self._model.set_output_embeddings(PackedLinear(head, prepack=prepack))
+        self._try(ids.tolist(), expected, loaded)
+        logger.info("linears ready: %d of %d packed", self.lora.num_packed, self.lora.num_packs)
+
+    def forward(self, work: Work) -> Tensor | None:
+        """Logits (N, V) of the sequences in `work` that sample, in order; None if none does.
+
+        Afterwards every token of `work` is in the cache; the caller counts them as computed.
+        """
+        ids = [sequence.output_ids[-1] for sequence in work.decoding]
+        positions = [sequence.num_computed for sequence in work.decoding]
+        samples = list(range(len(ids)))
+        chunks = []
+        for sequence, count in work.prefilling:
+            start = sequence.num_computed
+            chunks.append(Chunk(_slot(sequence), len(ids), count, start))
+            ids += sequence.tokens(start, start + count)
+            positions += range(start, start + count)
+            if count == sequence.num_pending:
+                samples.append(len(ids) - 1)
+        slots = [_slot(sequence) for sequence in work.decoding]
+        batch = CacheBatch(slots, positions[: len(slots)], chunks, self._device)
+        self.lora.step.plan = plan_rows(
+            [sequence.adapter_slot for sequence in work.decoding],
+            [(sequence.adapter_slot, count) for sequence, count in work.prefilling],
+            self._device,
+        )
+        return self._call(ids, positions, samples, StepAttention(self._cache, batch))
+
+    def _call(self, ids: Rows[int], positions: Rows[int], samples: Rows[int], step: StepAttention) -> Tensor | None:
+        arguments = {
+            "input_ids": torch.tensor([ids], device=self._device),
+            "position_ids": torch.tensor([positions], device=self._device),
+            "use_cache": False,
+            "tuneloom": step,
+        }
+        if not samples:
+            self._body(**arguments)
+            return None
+        keep = 0 if len(samples) == len(ids) else torch.tensor(samples, device=self._device)
+        return self._model(**arguments, logits_to_keep=keep).logits[0]
+
+    def _try(self, ids: list[int], expected: Tensor, loaded: LoadedModel) -> None:
+        """Prove on a short prompt, half as one chunk and the rest token by token, that the result is the base's."""
+        slot = self._cache.acquire()
+        assert slot is not None
+        half = len(ids) // 2
+        step = StepAttention(self._cache, CacheBatch([], [], [Chunk(slot, 0, half, 0)], self._device))
+        self._call(ids[:half], range(half), [], step)
+        _check_calls(step, loaded.model.config.get_text_config())
+        for at in range(half, len(ids)):
+            step = StepAttention(self._cache, CacheBatch([slot], [at], [], self._device))
+            found = self._call([ids[at]], [at], [0], step)
+        self._cache.release(slot, length=len(ids), is_clean=False)
+        assert found is not None
+        error = (found[0].float() - expected).norm() / expected.norm().clamp_min(1e-6)
+        if not error <= _TRIAL_TOLERANCE[loaded.dtype]:
+            raise InvalidRequest(
+                f"This base computes something else under the engine's attention (error {float(error):.2g}). "
+                "It cannot be served."
+            )
+
+
+def _check_calls(step: StepAttention, config: Any) -> None:
+    """Every layer must have come to our attention, and told its window: the trial is shorter than windows are."""
+    layers = config.num_hidden_layers
+    windowed = list(config.to_dict().get("layer_types") or ()).count("sliding_attention")
+    if step.num_calls != layers or step.num_windowed < windowed:
+        raise InvalidRequest(
+            f"Of {layers} layers of this base, {windowed} with a window, {step.num_calls} and {step.num_windowed} "
+            "take part in the engine's attention. It cannot be served."
+        )
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.cache_slot is not None
+    return sequence.cache_slot

@@ -1,0 +1,62 @@
+"""One generation as the engine sees it while it lives. No tensors but the sampler's."""
+
+from dataclasses import dataclass, field
+
+from tuneloom.domain import AdapterRef
+from tuneloom.engine.base import SequenceRequest
+from tuneloom.engine.sampler import SamplingState
+from tuneloom.generation import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request with its progress.
+
+    `num_computed` tokens of prompt and answer have keys and values in the cache slot `cache_slot`. `adapter_slot` 0 is
+    the base. While `cache_slot` is None it waits.
+    """
+
+    request: SequenceRequest
+    sampling: SamplingState
+    arrived_at: float
+    max_tokens: int
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    cache_slot: int | None = None
+    adapter_slot: int = 0
+    starved_since: float | None = None
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        return self.request.adapter
+
+    @property
+    def deadline_at(self) -> float:
+        return self.arrived_at + self.request.deadline_s
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that must be computed before the next one can be sampled."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return bool(self.output_ids) and self.num_pending == 1
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Ids of positions `start` to `end` of prompt and answer."""
+        prompt = self.request.prompt_ids
+        head = list(prompt[start:end])
+        return head + self.output_ids[max(0, start - len(prompt)) : max(0, end - len(prompt))]
