@@ -1,5 +1,6 @@
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,16 @@ class Service:
     def openai(self, key: str, path: str = "/v1", **more: Any) -> AsyncOpenAI:
         options = {"max_retries": 0, **more}
         return AsyncOpenAI(api_key=key, base_url=f"http://test{path}", http_client=self.http(), **options)
+
+
+async def eventually(is_true: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait until it is."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if is_true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not within {timeout_s} s")
 
 
 @pytest.fixture

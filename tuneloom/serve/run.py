@@ -1,0 +1,198 @@
+"""One request on its way through an engine: a sequence for each choice, their text, and frames for one reader.
+
+Knows neither templates nor limits: prompts come encoded and checked.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tuneloom.engine.base import Engine, SequenceRequest, TokenOutput
+from tuneloom.errors import TuneloomError
+from tuneloom.generation import Delta, Finished, FinishReason, Frame, GenerationRequest, Started, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from tuneloom.engine.text import Codec
+
+# The first piece goes at once; later ones wait this long for company, since each costs a hop between processes.
+FLUSH_S = 0.02
+# How long an answer may be silent before it counts as begun: from then on failures are events, not statuses.
+ADMIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the engine takes it, and the text to repeat before the answer (`echo`)."""
+
+    ids: tuple[int, ...]
+    max_tokens: int
+    echo: str = ""
+
+
+class Run:
+    """One request on its way: a task for each choice, which leave their deltas for one reader."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        codec: "Codec",
+        request: GenerationRequest,
+        encoded: list[Encoded],
+        *,
+        name: str,
+        max_parallel: int,
+    ) -> None:
+        self._engine = engine
+        self._codec = codec
+        self._request = request
+        self._encoded = encoded
+        self._name = name
+        self._turns = asyncio.Semaphore(max_parallel)
+        self._deltas: list[Delta] = []
+        self._news = asyncio.Event()
+        self._error: Exception | None = None
+        self._completion_tokens = 0
+        self._cached_tokens = [0] * len(encoded)
+
+    async def frames(self) -> AsyncGenerator[Frame, None]:
+        n = self._request.params.n
+        tasks = [
+            asyncio.create_task(self._choose(index, self._encoded[index // n]))
+            for index in range(len(self._encoded) * n)
+        ]
+        everything = asyncio.gather(*tasks, return_exceptions=True)
+        everything.add_done_callback(lambda _: self._news.set())
+        try:
+            await self._wait(ADMIT_S)
+            self._raise_error()
+            prompt_tokens = sum(len(prompt.ids) for prompt in self._encoded)
+            yield Started(prompt_tokens)
+            while True:
+                await self._wait(None)
+                is_done = everything.done()
+                if deltas := self._take():
+                    yield deltas
+                self._raise_error()
+                if is_done:
+                    break
+                await asyncio.wait({everything}, timeout=FLUSH_S)
+            yield Finished(Usage(prompt_tokens, self._completion_tokens, sum(self._cached_tokens)))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _wait(self, timeout_s: float | None) -> None:
+        """Until there is something to read, or everything is done."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
+        except TimeoutError:
+            return
+
+    def _take(self) -> list[Delta]:
+        """The deltas that wait, one for each choice."""
+        deltas, self._deltas = self._deltas, []
+        if self._error is None:
+            self._news.clear()
+        merged: dict[int, Delta] = {}
+        for delta in deltas:
+            if earlier := merged.get(delta.index):
+                delta = replace(delta, text=earlier.text + delta.text, logprobs=(*earlier.logprobs, *delta.logprobs))
+            merged[delta.index] = delta
+        return list(merged.values())
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    async def _choose(self, index: int, prompt: Encoded) -> None:
+        try:
+            async with self._turns:
+                await self._sample(index, prompt)
+        except Exception as error:
+            if self._error is None:
+                self._error = error
+            self._news.set()
+
+    async def _sample(self, index: int, prompt: Encoded) -> None:
+        """Generate one choice, up to a stop id, a stop string or its number of tokens."""
+        params, n = self._request.params, self._request.params.n
+        choice = _Choice(self._codec, params.stop, params.logprobs)
+        if prompt.echo:
+            self._put(Delta(index, prompt.echo))
+        async with aclosing(self._engine.generate(self._sequence(index, prompt))) as outputs:
+            async for output in outputs:
+                self._completion_tokens += len(output.tokens)
+                if index % n == 0:
+                    self._cached_tokens[index // n] = max(self._cached_tokens[index // n], output.cached_tokens)
+                text, logprobs, reason = choice.push(output.tokens, output.finish_reason)
+                if text or logprobs or reason:
+                    self._put(Delta(index, text, logprobs, reason))
+                if reason:
+                    return
+        raise TuneloomError("The engine ended an answer without a reason. Send the request again.")
+
+    def _put(self, delta: Delta) -> None:
+        self._deltas.append(delta)
+        self._news.set()
+
+    def _sequence(self, index: int, prompt: Encoded) -> SequenceRequest:
+        request = self._request
+        sample = index % request.params.n
+        seed = None if request.params.seed is None else request.params.seed + sample
+        return SequenceRequest(
+            id=f"{self._name}-{index}",
+            prompt_ids=prompt.ids,
+            params=replace(request.params, n=1, stop=(), max_tokens=prompt.max_tokens, seed=seed),
+            stop_ids=self._codec.stop_ids,
+            owner=request.owner,
+            adapter=request.adapter,
+            deadline_s=request.deadline_s,
+        )
+
+
+class _Choice:
+    """The text of one choice and the log-probabilities that belong to it: those of tokens that show in the text."""
+
+    def __init__(self, codec: "Codec", stop: tuple[str, ...], logprobs: int | None) -> None:
+        from tuneloom.engine.text import TextStream
+
+        self._codec = codec
+        self._text = TextStream(codec, stop)
+        self._wants_logprobs = logprobs is not None
+        self._waiting: list[tuple[int, TokenLogprob]] = []
+        self._token_bytes = 0
+        self._text_bytes = 0
+
+    def push(
+        self, tokens: tuple[TokenOutput, ...], reason: FinishReason | None
+    ) -> tuple[str, tuple[TokenLogprob, ...], FinishReason | None]:
+        """New text and log-probabilities, and why the choice ends, if it does."""
+        text, is_stopped = self._text.push([token.token_id for token in tokens], final=reason is not None)
+        self._text_bytes += len(text.encode())
+        if is_stopped:
+            reason = "stop"
+        return text, self._logprobs(tokens, reason, is_stopped), reason
+
+    def _logprobs(
+        self, tokens: tuple[TokenOutput, ...], reason: FinishReason | None, is_stopped: bool
+    ) -> tuple[TokenLogprob, ...]:
+        """Entries of the tokens whose text is out; those of a stop string or stop id never are."""
+        if not self._wants_logprobs:
+            return ()
+        for token in tokens:
+            if token.logprob is not None and token.token_id not in self._codec.stop_ids:
+                entry = self._entry(token.token_id, token.logprob, token.top)
+                self._waiting.append((self._token_bytes, entry))
+                self._token_bytes += len(entry.bytes)
+        is_whole = reason is not None and not is_stopped
+        ready = [entry for start, entry in self._waiting if is_whole or start < self._text_bytes]
+        self._waiting = self._waiting[len(ready) :]
+        return tuple(ready)
+
+    def _entry(self, id: int, logprob: float, top: tuple[tuple[int, float], ...] = ()) -> TokenLogprob:
+        text, data = self._codec.token_text(id)
+        return TokenLogprob(text, logprob, tuple(data), tuple(self._entry(*other) for other in top))
