@@ -25,6 +25,7 @@ class Batches:
         self._micro_size = micro_size
         self._seed = seed
         self._epoch = 0
+        self._tokens: tuple[int, np.ndarray] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -56,6 +57,8 @@ class Batches:
 
     def tokens_until(self, step: int) -> int:
         """Tokens in the first `step` batches of the run, padding not counted."""
-        epochs, rest = divmod(step, self.steps_per_epoch)
-        tokens = epochs * int(self._lengths.sum())
-        return tokens + sum(int(self._lengths[batch].sum()) for batch in self.epoch(epochs)[:rest])
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        if self._tokens is None or self._tokens[0] != epoch:
+            counts = [0, *(int(self._lengths[batch].sum()) for batch in self.epoch(epoch))]
+            self._tokens = (epoch, np.cumsum(counts))
+        return epoch * int(self._lengths.sum()) + int(self._tokens[1][rest])

@@ -56,7 +56,8 @@ def make_plan(spec: JobSpec, tokens: Tokens, base: Base, *, has_bf16: bool) -> P
         batch_size=batch,
         micro_size=_micro_size(batch, int(tokens.lengths.max())),
         learning_rate=rate,
-        warmup_steps=min(100, math.ceil(0.03 * epochs * steps)),
+        # The first of them learns nothing, so a short run has none.
+        warmup_steps=min(100, int(0.03 * epochs * steps)),
         rank=rank,
         alpha=options.alpha or 2.0 * rank,
         dropout=options.dropout,

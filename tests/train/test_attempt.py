@@ -1,0 +1,248 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.conftest import BASE_ID, Lab, colour_rows
+from tuneloom.bases import get_base
+from tuneloom.domain import TrainOptions
+from tuneloom.store.artifacts import fetch_adapter, read_manifest
+from tuneloom.train.attempt import run_attempt, run_folder, stop_file
+
+Schedule = Callable[[int, Callable[[], None]], None]
+
+
+class Killed(BaseException):
+    """Stands for a death that no handler sees."""
+
+
+def run(lab: Lab, job_id: str) -> str:
+    """Run the job's current attempt."""
+    return run_attempt(lab.settings, job_id, lab.store.records.jobs.get(job_id).value.attempt)
+
+
+def final_adapter(lab: Lab, job_id: str, tmp_path: Path) -> bytes:
+    job = lab.store.records.jobs.get(job_id).value
+    manifest = read_manifest(lab.store.blobs, job.artifacts)
+    assert manifest is not None
+    return (
+        fetch_adapter(lab.store.blobs, manifest.adapter, tmp_path / "cache") / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_a_run_learns_publishes_and_tells_each_step(lab: Lab, tmp_path: Path) -> None:
+    job = lab.add_job(validation=colour_rows(6), n_epochs=4)
+
+    assert run_attempt(lab.settings, job.id, 1) == "published", lab.progress(job.id).error
+
+    progress = lab.progress(job.id)
+    assert (progress.outcome, progress.step, progress.total_steps, progress.logged_step) == ("published", 24, 24, 24)
+    assert progress.resolved is not None and progress.resolved.n_epochs == 4
+    assert lab.steps(job.id) == list(range(1, 25))
+    losses = lab.losses(job.id)
+    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
+    last = [event for event in lab.events(job.id) if event.type == "metrics"][-1]
+    assert last.message.startswith("Step 24/24: training loss=") and "full validation loss=" in last.message
+    assert last.data is not None and last.data["full_valid_loss"] == last.data["valid_loss"] > 0
+
+    manifest = read_manifest(lab.store.blobs, job.artifacts)
+    assert manifest is not None
+    assert (manifest.steps, manifest.trained_tokens, manifest.adapter.rank) == (24, progress.trained_tokens, 4)
+    folder = fetch_adapter(lab.store.blobs, manifest.adapter, tmp_path / "cache")
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert len(weights) == 2 * 2 * 7
+    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    assert str(lab.settings.home) not in (folder / "adapter_config.json").read_text()
+    assert not run_folder(lab.settings, job.id).exists()
+
+
+def test_checkpoints_are_callable_records_and_only_the_last_are_kept(lab: Lab, tmp_path: Path) -> None:
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", checkpoint_every_steps=4))
+
+    run_attempt(lab.settings, job.id, 1)
+
+    made = [event.message for event in lab.events(job.id) if event.message.startswith("Checkpoint")]
+    assert made == [f"Checkpoint created at step {step}" for step in (4, 6, 8, 12)]
+    assert lab.checkpoint_steps(job.id) == [8, 12]
+    assert {blob.key.split("/")[3] for blob in lab.store.blobs.list(f"jobs/{job.id}/checkpoints")} == {
+        "step-8",
+        "step-12",
+    }
+    last = lab.store.records.checkpoints.query({"job_id": job.id}, order_by="step")[-1].value
+    assert last.name.startswith("ft:tiny/llama:local:colours:") and last.name.endswith(":ckpt-step-12")
+    assert last.metrics["train_loss"] == lab.losses(job.id)[-1]
+    fetch_adapter(lab.store.blobs, last.adapter, tmp_path / "cache")
+
+
+def test_a_killed_run_goes_on_to_the_very_same_adapter(lab: Lab, tmp_path: Path, at_step: Schedule) -> None:
+    options = TrainOptions(rank=4, precision="fp32", dropout=0.1, checkpoint_every_steps=4)
+    whole, broken = lab.add_job(options=options), lab.add_job(options=options)
+    run_attempt(lab.settings, whole.id, 1)
+
+    def kill() -> None:
+        raise Killed
+
+    at_step(7, kill)
+    with pytest.raises(Killed):
+        run_attempt(lab.settings, broken.id, 1)
+    assert lab.progress(broken.id).outcome is None
+    lab.next_attempt(broken.id)
+    assert run(lab, broken.id) == "published"
+
+    assert lab.losses(broken.id) == lab.losses(whole.id)
+    assert lab.steps(broken.id) == list(range(1, 13))
+    assert final_adapter(lab, broken.id, tmp_path) == final_adapter(lab, whole.id, tmp_path)
+    assert lab.checkpoint_steps(broken.id) == [8, 12]
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+def test_a_damaged_state_is_passed_over_for_the_one_before(lab: Lab, at_step: Schedule, damage: str) -> None:
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", checkpoint_every_steps=2))
+
+    def kill() -> None:
+        raise Killed
+
+    at_step(5, kill)
+    with pytest.raises(Killed):
+        run(lab, job.id)
+    newest = run_folder(lab.settings, job.id) / "checkpoints" / "step-00000004"
+    file = newest / "optimizer.pt"
+    if damage == "gone":
+        (newest / "checkpoint.json").unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    lab.next_attempt(job.id)
+
+    assert run(lab, job.id) == "published"
+    assert "Training goes on from the checkpoint at step 2" in [event.message for event in lab.events(job.id)]
+    assert lab.steps(job.id) == list(range(1, 13))
+
+
+def test_a_pause_takes_effect_at_the_step_and_the_job_goes_on_from_there(
+    lab: Lab, tmp_path: Path, at_step: Schedule
+) -> None:
+    whole, paused = lab.add_job(), lab.add_job()
+    run(lab, whole.id)
+    at_step(5, lambda: lab.change_job(paused.id, state="paused") and None)
+
+    assert run(lab, paused.id) == "paused"
+    assert (lab.progress(paused.id).outcome, lab.progress(paused.id).step) == ("paused", 5)
+    assert lab.checkpoint_steps(paused.id) == [5]
+    lab.next_attempt(paused.id)
+    assert run(lab, paused.id) == "published"
+
+    assert lab.losses(paused.id) == lab.losses(whole.id)
+    assert final_adapter(lab, paused.id, tmp_path) == final_adapter(lab, whole.id, tmp_path)
+
+
+def test_a_cancelled_job_stops_at_the_step_and_leaves_nothing_behind(lab: Lab, at_step: Schedule) -> None:
+    job = lab.add_job()
+    at_step(5, lambda: lab.change_job(job.id, state="cancelled") and None)
+
+    assert run(lab, job.id) == "cancelled"
+    assert (lab.progress(job.id).outcome, lab.progress(job.id).step) == ("cancelled", 5)
+    assert read_manifest(lab.store.blobs, job.artifacts) is None
+    assert not run_folder(lab.settings, job.id).exists()
+
+
+def test_a_job_cancelled_before_it_starts_never_loads_the_base(lab: Lab) -> None:
+    job = lab.add_job(state="cancelled")
+    get_base(lab.settings.bases_dir, BASE_ID).path.joinpath("model.safetensors").unlink()
+    assert run(lab, job.id) == "cancelled"
+
+
+def test_a_process_told_to_end_saves_its_state_and_has_no_last_word(lab: Lab, at_step: Schedule) -> None:
+    job = lab.add_job()
+    at_step(3, stop_file(lab.settings, job.id, 1).touch)
+
+    assert run(lab, job.id) == "stopped"
+    assert lab.progress(job.id).outcome is None
+    lab.next_attempt(job.id)
+    assert run(lab, job.id) == "published"
+    assert "Training goes on from the checkpoint at step 3" in [event.message for event in lab.events(job.id)]
+
+
+def test_an_attempt_that_was_replaced_writes_nothing_more(lab: Lab, at_step: Schedule) -> None:
+    job = lab.add_job()
+    at_step(5, lambda: lab.next_attempt(job.id) and None)
+
+    assert run_attempt(lab.settings, job.id, 1) == "fenced"
+    assert lab.steps(job.id)[-1] <= 5
+    assert lab.progress(job.id).outcome is None
+    assert read_manifest(lab.store.blobs, job.artifacts) is None
+    assert run(lab, job.id) == "published"
+    assert lab.steps(job.id) == list(range(1, 13))
+
+
+def test_publishing_twice_changes_nothing(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = lab.add_job()
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tuneloom.train.publish.write_manifest", die)
+        with pytest.raises(Killed):
+            run(lab, job.id)
+    assert lab.store.blobs.list(f"{job.artifacts}/adapter")
+
+    assert run(lab, job.id) == "published"
+    first = final_adapter(lab, job.id, tmp_path)
+    assert run(lab, job.id) == "published"
+    assert final_adapter(lab, job.id, tmp_path) == first
+
+
+def test_a_loss_that_is_no_number_fails_with_its_step(lab: Lab) -> None:
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", learning_rate=1.0), learning_rate_multiplier=1e30)
+    assert run(lab, job.id) == "failed"
+    error = lab.progress(job.id).error
+    assert error is not None and error.code == "loss_not_finite"
+    assert "learning_rate_multiplier" in error.message
+
+
+def test_an_unreadable_base_fails_with_its_name(lab: Lab) -> None:
+    job = lab.add_job()
+    weights = get_base(lab.settings.bases_dir, BASE_ID).path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert run(lab, job.id) == "failed"
+    error = lab.progress(job.id).error
+    assert error is not None and error.code == "base_unreadable"
+    assert BASE_ID in error.message and str(lab.settings.home) not in error.message
+
+
+def test_an_unknown_target_module_fails_with_the_known_ones(lab: Lab) -> None:
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", target_modules=("q_proj", "wq")))
+    assert run(lab, job.id) == "failed"
+    error = lab.progress(job.id).error
+    assert error is not None and "`wq`" in error.message and "k_proj" in error.message
+
+
+def test_a_file_that_is_gone_fails_with_its_id(lab: Lab) -> None:
+    job = lab.add_job()
+    stored = lab.store.records.files.get(job.spec.training_file)
+    lab.store.records.commit(lab.store.records.files.delete(stored))
+    assert run(lab, job.id) == "failed"
+    error = lab.progress(job.id).error
+    assert error is not None and job.spec.training_file in error.message and error.param == "training_file"
+
+
+def test_options_have_their_effect(lab: Lab, tmp_path: Path) -> None:
+    options = TrainOptions(rank=2, alpha=3.0, target_modules=("q_proj", "down_proj"), precision="bf16")
+    job = lab.add_job(options=options, n_epochs=1)
+    assert run(lab, job.id) == "published", lab.progress(job.id).error
+    manifest = read_manifest(lab.store.blobs, job.artifacts)
+    assert manifest is not None
+    folder = fetch_adapter(lab.store.blobs, manifest.adapter, tmp_path / "cache")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 3.0, ["down_proj", "q_proj"])
+    assert config["base_model_name_or_path"] == BASE_ID
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert {name.split(".")[-3] for name in weights} == {"q_proj", "down_proj"}

@@ -1,0 +1,70 @@
+"""`python -m tuneloom.train`: one attempt of a job, on the Ray cluster that this process belongs to.
+
+Launched by control, the job is named in the environment (`TUNELOOM_HOME`, `TUNELOOM_JOB`, `TUNELOOM_ATTEMPT`). By hand,
+it is made from arguments (`--base --data --model`). The exit code is 0 for published, paused or cancelled.
+"""
+
+import logging
+import os
+import sys
+import time
+
+from tuneloom.config import load
+from tuneloom.errors import TuneloomError
+from tuneloom.store import Store, open_store
+from tuneloom.train import by_hand, job
+
+
+def main(arguments: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    asked = by_hand.parse(arguments) if arguments else None
+    settings = load(os.environ.get("TUNELOOM_HOME"))
+    if asked is None and not {"TUNELOOM_JOB", "TUNELOOM_ATTEMPT"} <= os.environ.keys():
+        by_hand.parse(["--help"])
+    store = open_store(settings)
+    try:
+        if asked is None:
+            join_cluster()
+            return job.drive(settings, store, os.environ["TUNELOOM_JOB"], int(os.environ["TUNELOOM_ATTEMPT"]), say)
+        made = by_hand.make_job(settings, store, asked, say)
+        spec = made.job.spec
+        say(f"Job {made.job.id}: {made.rows:,} rows, {made.tokens:,} tokens, base {spec.base}, seed {spec.seed}.")
+        join_cluster()
+        code = job.drive(settings, store, made.job.id, made.job.attempt, say)
+        return _finish(store, made.job.id) if code == job.EXIT_OK else code
+    except TuneloomError as error:
+        say(error.message)
+        return job.EXIT_FAILED
+    finally:
+        store.close()
+
+
+def join_cluster() -> None:
+    """Connect to the cluster around this process."""
+    import ray
+
+    try:
+        # The worker's own lines stay in its log; what matters of them comes as events.
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise TuneloomError(
+            "There is no Ray cluster here. Start one (`tuneloom up`), or submit this to one: "
+            "`ray job submit --address ADDRESS -- python -m tuneloom.train ...`."
+        ) from error
+
+
+def _finish(store: Store, job_id: str) -> int:
+    """After a run by hand: wait for its model, and tell how to call it."""
+    if store.records.jobs.get(job_id).value.state in ("paused", "cancelled"):
+        return job.EXIT_OK
+    for line in by_hand.how_to_call(by_hand.wait_for_version(store, job_id)):
+        say(line)
+    return job.EXIT_OK
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,205 @@
+"""A run that a person starts: `ray job submit -- python -m tuneloom.train --base ID --data rows.jsonl --model NAME`.
+
+It makes the records that the API would have made, and is then a job like any other: control registers its adapter.
+"""
+
+import argparse
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tuneloom.config import Settings
+from tuneloom.domain import (
+    LOCAL_OWNER,
+    Event,
+    File,
+    Hyperparameters,
+    Job,
+    JobSpec,
+    Progress,
+    TrainOptions,
+    Version,
+    check_model_name,
+    event_id,
+    new_id,
+)
+from tuneloom.errors import InvalidFile, InvalidRequest, TooLarge, TuneloomError
+from tuneloom.store import Store
+from tuneloom.train.attempt import run_folder
+from tuneloom.train.check import Check
+
+REGISTER_TIMEOUT_S = 120.0
+POLL_S = 0.5
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Made:
+    """The job that was made for a run by hand, and its validated file."""
+
+    job: Job
+    rows: int
+    tokens: int
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tuneloom.train",
+        description="Fine-tune a base on a JSON Lines file and publish the result as a model, on the Ray cluster.",
+    )
+    parser.add_argument("--base", required=True, help="base to train on, as `tuneloom bases` lists it")
+    parser.add_argument("--data", required=True, type=Path, help="JSON Lines file with the rows")
+    parser.add_argument("--model", required=True, help="name of the model to publish, e.g. support-bot")
+    parser.add_argument("--validation", type=Path, help="JSON Lines file with rows for the validation loss")
+    parser.add_argument("--epochs", type=int, default="auto", help="passes over the data (default: auto)")
+    parser.add_argument("--batch-size", type=int, default="auto", help="rows of a step (default: auto)")
+    parser.add_argument("--learning-rate", type=float, help="default: by the size of the base")
+    parser.add_argument("--rank", type=int, help="rank of the adapter (default: 16)")
+    parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
+    parser.add_argument("--owner", default=LOCAL_OWNER, help="whose model it becomes (default: local)")
+    return parser.parse_args(arguments)
+
+
+def make_job(settings: Settings, store: Store, asked: argparse.Namespace, say: Callable[[str], None]) -> Made:
+    """Check the data and create the job with everything that belongs to it, in one commit.
+
+    Raises:
+        TuneloomError: an argument or a row is wrong; nothing was created.
+    """
+    now = time.time()
+    job_id = new_id("ftjob-")
+    training = _describe(asked.data, asked.owner, now, settings.gateway.max_upload_bytes)
+    validation = _describe(asked.validation, asked.owner, now, settings.gateway.max_upload_bytes)
+    assert training is not None, "`--data` is required"
+    spec = _spec(settings, asked, training, validation)
+    check = Check(settings, spec, run_folder(settings, job_id))
+    files = [("training_file", training, asked.data)]
+    files += [("validation_file", validation, asked.validation)] if validation else []
+    for param, file, path in files:
+        with path.open("rb") as source:
+            check.read(param, file, source)
+    if check.report.error is not None:
+        raise InvalidFile(_all_problems(check))
+    for warning in check.report.warnings:
+        say(f"Warning: {warning}")
+    for _, file, path in files:
+        store.blobs.write(file.blob, path, sha256=file.sha256)
+    job = Job(
+        id=job_id,
+        owner=asked.owner,
+        spec=spec,
+        requested_model=asked.base,
+        created_at=now,
+        state="queued",
+        files_checked=True,
+        attempt=1,
+        attempt_open=True,
+        attempt_started_at=now,
+        self_launched=True,
+    )
+    records = store.records
+    records.commit(
+        *(records.files.create(file) for _, file, _ in files),
+        records.jobs.create(job),
+        records.progress.create(Progress(id=job_id, owner=asked.owner, attempt=1, heartbeat_at=now)),
+        records.events.create(
+            Event(
+                id=event_id(now),
+                owner=asked.owner,
+                job_id=job_id,
+                created_at=now,
+                message=f"Created fine-tuning job: {job_id}",
+            )
+        ),
+    )
+    return Made(job, check.report.rows, check.report.tokens)
+
+
+def wait_for_version(store: Store, job_id: str, timeout_s: float = REGISTER_TIMEOUT_S) -> Version:
+    """The Version that control has made of a published run.
+
+    Raises:
+        TuneloomError: the job failed, or control did not do it in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        job = store.records.jobs.get(job_id).value
+        if job.version_id is not None and (stored := store.records.versions.find(job.version_id)) is not None:
+            return stored.value
+        if job.is_terminal and job.state != "succeeded":
+            raise TuneloomError(f"The job {job.state}: {job.error.message if job.error else 'no reason was given'}")
+        time.sleep(POLL_S)
+    raise TuneloomError(
+        f"The adapter is trained and stored, but nobody has registered it in {timeout_s:.0f} s. "
+        "See whether the service runs: `tuneloom status`. It registers the model as soon as it does."
+    )
+
+
+def how_to_call(version: Version) -> list[str]:
+    return [
+        f"Model `{version.model}` is ready, as version `{version.pinned_name}`. Call it by the OpenAI client:",
+        f'  client.chat.completions.create(model="{version.model}", messages=[{{"role": "user", "content": "..."}}])',
+    ]
+
+
+def _describe(path: Path | None, owner: str, now: float, max_bytes: int) -> File | None:
+    """The record of a local file, not yet stored."""
+    if path is None:
+        return None
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as source:
+            sha256 = hashlib.file_digest(source, "sha256").hexdigest()
+    except OSError as error:
+        raise InvalidRequest(f"`{path}` cannot be read: {error.strerror}.") from error
+    if size > max_bytes:
+        raise TooLarge(f"`{path}` has {size:,} bytes; the limit is {max_bytes:,}.")
+    file_id = new_id("file-")
+    return File(
+        id=file_id,
+        owner=owner,
+        filename=path.name,
+        purpose="fine-tune",
+        size_bytes=size,
+        sha256=sha256,
+        blob=f"files/{file_id}",
+        created_at=now,
+    )
+
+
+def _spec(settings: Settings, asked: argparse.Namespace, training: File, validation: File | None) -> JobSpec:
+    _check_range("--epochs", asked.epochs, 1, 50)
+    _check_range("--batch-size", asked.batch_size, 1, 256)
+    _check_range("--seed", asked.seed, 0, 2**31 - 1)
+    try:
+        return JobSpec(
+            base=settings.base_aliases.get(asked.base, asked.base),
+            training_file=training.id,
+            validation_file=validation.id if validation else None,
+            suffix=check_model_name(asked.model, param="--model"),
+            seed=secrets.randbelow(2**31) if asked.seed is None else asked.seed,
+            hyperparameters=Hyperparameters(n_epochs=asked.epochs, batch_size=asked.batch_size),
+            options=TrainOptions(rank=asked.rank, learning_rate=asked.learning_rate),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(f"`--{str(first['loc'][-1]).replace('_', '-')}`: {first['msg']}.") from error
+
+
+def _check_range(name: str, value: int | str | None, low: int, high: int) -> None:
+    if isinstance(value, int) and not low <= value <= high:
+        raise InvalidRequest(f"`{name}` is {value}; it must be from {low} to {high}.")
+
+
+def _all_problems(check: Check) -> str:
+    """The problems of all files, one a line."""
+    report = check.report
+    lines = [f"  {problem.text}" for problem in report.problems[:MAX_SHOWN]]
+    if rest := report.problem_count - len(lines):
+        lines.append(f"  and {rest:,} more")
+    return "\n".join(["The data cannot be used:", *lines])

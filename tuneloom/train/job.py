@@ -1,0 +1,178 @@
+"""The driver of an attempt: a Ray Train run of one worker, watched from here. The training itself is `attempt`.
+
+The worker writes to the store by itself. The driver keeps the heartbeat until the worker has begun, prints the job's
+events as they come, and has the last word only where the worker could not have it.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tuneloom.config import Settings, load
+from tuneloom.domain import Progress
+from tuneloom.store import Store
+from tuneloom.train.attempt import run_attempt, run_folder, stop_file
+from tuneloom.train.failure import describe, worker_lost
+from tuneloom.train.progress import HEARTBEAT_S, FenceLost, Voice
+from tuneloom.train.tail import Tail
+
+logger = logging.getLogger(__name__)
+
+MAX_WORKER_DEATHS = 2
+# How long the worker may take to save and leave. After SIGTERM, `ray job stop` kills in three seconds; control asks by
+# SIGINT and waits longer.
+STOP_WAIT_S = {signal.SIGTERM: 2.5, signal.SIGINT: 25.0}
+STARTING = "starting"
+
+EXIT_OK, EXIT_FAILED, EXIT_FENCED, EXIT_STOPPED = 0, 1, 3, 143
+
+
+class _Told(BaseException):
+    """A signal asks this process to end; `wait_s` is the time that is left."""
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__()
+        self.wait_s = wait_s
+
+
+def drive(settings: Settings, store: Store, job_id: str, attempt: int, say: Callable[[str], None]) -> int:
+    """Run an attempt on the Ray cluster around this process and return the exit code. `say` prints one line."""
+    voice = Voice(store.records, job_id, attempt)
+    try:
+        voice.say(stage=STARTING)
+        tail = Tail(store.records, job_id, say)
+        stop = stop_file(settings, job_id, attempt)
+        stop.unlink(missing_ok=True)
+        run = _Run(settings, job_id, attempt)
+        _listen()
+        try:
+            run.start()
+            _watch(run, voice, tail, settings.train.start_timeout_s)
+        except _Told as told:
+            stop.parent.mkdir(parents=True, exist_ok=True)
+            stop.touch()
+            run.join(told.wait_s)
+            tail.print_new()
+            say("Stopped before the end; the next attempt goes on from the last checkpoint.")
+            return EXIT_STOPPED
+        tail.print_new()
+        return _last_word(settings, voice, run, tail, say)
+    except FenceLost as error:
+        say(f"Stopped: {error}.")
+        return EXIT_FENCED
+
+
+class _Run:
+    """The call of Ray Train in a thread: in the main thread it would take the signals for itself."""
+
+    def __init__(self, settings: Settings, job_id: str, attempt: int) -> None:
+        self.error: BaseException | None = None
+        self._settings = settings
+        self._config = {"home": str(settings.home), "job_id": job_id, "attempt": attempt}
+        self._name = f"{job_id}-a{attempt}"
+        self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether the run is over."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _fit(self) -> None:
+        try:
+            fit(self._settings, self._name, self._config)
+        except Exception as error:
+            self.error = error
+
+
+def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
+    """Run `worker` by Ray Train, which starts it again if its process dies."""
+    # The print patch writes 1,200 lines of bytecode a run (ray 2.60); both are read where the run begins.
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    train = settings.train
+    storage = settings.home / "runs" / "ray"
+    resources = {"CPU": train.num_cpus, **({"GPU": train.num_gpus} if train.num_gpus else {})}
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=1, use_gpu=train.num_gpus > 0, resources_per_worker=resources),
+        # The states of a run are ours (`checkpoints`): Ray Train's own snapshot is overwritten in place, and one that a
+        # crash has cut off makes a run of the same name unusable. So each attempt has a name of its own.
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=MAX_WORKER_DEATHS),
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(storage / name, ignore_errors=True)
+
+
+def worker(config: dict[str, Any]) -> str:
+    """What runs in the worker process."""
+    return run_attempt(load(config["home"]), config["job_id"], config["attempt"])
+
+
+def _listen() -> None:
+    """Turn SIGTERM and SIGINT into `_Told`. Ray's own handlers end the process at once; ours come after `ray.init`."""
+
+    def told(number: int, frame: object) -> None:
+        raise _Told(STOP_WAIT_S[signal.Signals(number)])
+
+    for number in STOP_WAIT_S:
+        signal.signal(number, told)
+
+
+def _watch(run: _Run, voice: Voice, tail: Tail, start_timeout_s: float) -> None:
+    """Until the run is over: print events, and keep the heartbeat as long as no worker does."""
+    begun_at = beat_at = time.monotonic()
+    while not run.join(0.25):
+        tail.print_new()
+        now = time.monotonic()
+        if now - beat_at >= HEARTBEAT_S and now - begun_at < start_timeout_s:
+            beat_at = now
+            if voice.progress().stage == STARTING:
+                voice.heartbeat()
+
+
+def _last_word(settings: Settings, voice: Voice, run: _Run, tail: Tail, say: Callable[[str], None]) -> int:
+    progress = voice.progress()
+    if progress.outcome is None:
+        error = run.error
+        is_lost = error is None or type(error).__name__ == "WorkerGroupError"
+        failure = worker_lost(MAX_WORKER_DEATHS + 1) if is_lost else describe(error, settings.home)  # type: ignore[arg-type]
+        if error is not None:
+            logger.error("the run broke: %s", error)
+        voice.say(stage="failed", outcome="failed", error=failure)
+        shutil.rmtree(run_folder(settings, progress.id), ignore_errors=True)
+        progress = voice.progress()
+    return report(progress, say)
+
+
+def report(progress: Progress, say: Callable[[str], None]) -> int:
+    """Print how the run has ended; the exit code for it."""
+    if progress.outcome == "failed":
+        assert progress.error is not None, "a failure has a reason"
+        say(f"Failed ({progress.error.code}): {progress.error.message}")
+        return EXIT_FAILED
+    say(
+        {
+            "published": f"Trained {progress.total_steps} steps, {progress.trained_tokens:,} tokens; handed over.",
+            "paused": f"Paused at step {progress.step}.",
+            "cancelled": f"Cancelled at step {progress.step}.",
+        }[progress.outcome or "paused"]
+    )
+    return EXIT_OK

@@ -1,0 +1,264 @@
+"""A base with LoRA and TRL's trainer around it, set for CPU and CUDA. Token ids in; no rows, no store, no Ray."""
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from tuneloom.bases import Base
+from tuneloom.errors import InvalidRequest
+from tuneloom.train.answers import score_answers_only
+from tuneloom.train.data import Tokens
+from tuneloom.train.failure import BaseUnreadable
+from tuneloom.train.order import Batches
+from tuneloom.train.plan import Plan
+
+IGNORED = -100
+TRAINER_STATE = "trainer_state.json"
+# The folder of the adapter inside a saved state. transformers resumes an adapter from a folder of the adapter's name.
+STATE_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss per learned token, and the share of tokens that were the likeliest."""
+
+    loss: float
+    accuracy: float
+
+
+def has_fast_bf16(*, use_gpu: bool) -> bool:
+    """Whether this machine multiplies bf16 matrices faster than fp32."""
+    if use_gpu:
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def load_base(base: Base, plan: Plan) -> PreTrainedModel:
+    """The base's weights in the precision of the plan.
+
+    Raises:
+        BaseUnreadable: they do not load.
+    """
+    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Whatever is wrong in the files shows here, as an error of any of four libraries.
+        raise BaseUnreadable(
+            f"The base `{base.id}` cannot be loaded ({type(error).__name__}: {str(error)[:200]}). "
+            "Add it again: `tuneloom bases add`."
+        ) from error
+
+
+def add_lora(model: PreTrainedModel, plan: Plan) -> PeftModel:
+    """`model` with fresh adapters, the same for the same seed: fp32 whatever the base's precision.
+
+    Raises:
+        InvalidRequest: a target module is none of the base's linear layers; the message lists those.
+    """
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    }
+    targets = plan.target_modules or tuple(sorted(linear))
+    if unknown := sorted(set(targets) - linear):
+        raise InvalidRequest(
+            f"`target_modules`: this base has no linear layer `{unknown[0]}`. It has {', '.join(sorted(linear))}.",
+            param="tuneloom.target_modules",
+        )
+    set_seed(plan.seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        lora_dropout=plan.dropout,
+        target_modules=list(targets),
+        bias="none",
+    )
+    return get_peft_model(model, config)
+
+
+def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
+    """Write the two files of an adapter; the same weights give the same bytes in any process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": base_id, "inference_mode": True}
+    # A set has another order in each process.
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True))
+
+
+def as_dataset(tokens: Tokens) -> Dataset:
+    """The columns `input_ids` and `labels`, over the arrays of `tokens`."""
+    import pyarrow as pa
+
+    labels = np.where(tokens.learned, tokens.ids, IGNORED).astype(np.int32)
+    offsets = pa.array(tokens.offsets.astype(np.int64))
+    columns = {
+        name: pa.LargeListArray.from_arrays(offsets, pa.array(values))
+        for name, values in (("input_ids", tokens.ids), ("labels", labels))
+    }
+    return Dataset(pa.table(columns))
+
+
+class LoraTrainer(SFTTrainer):
+    """TRL's trainer with our order of rows, our checkpoints, and the head on answers only.
+
+    `on_save` is called with the trainer where TRL would save; it takes the state by `save_state`.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        plan: Plan,
+        tokens: Tokens,
+        batches: Batches,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        base_id: str,
+        folder: Path,
+        use_gpu: bool,
+        callbacks: Iterable[TrainerCallback] = (),
+        on_save: Callable[["LoraTrainer"], None],
+    ) -> None:
+        self.batches = batches
+        self._base_id = base_id
+        self._on_save = on_save
+        with _without_deprecations():
+            super().__init__(
+                model=model,
+                args=sft_config(plan, folder, use_gpu=use_gpu),
+                train_dataset=as_dataset(tokens),
+                processing_class=tokenizer,
+                callbacks=list(callbacks),
+            )
+        self.remove_callback(PrinterCallback)
+        score_answers_only(model.get_base_model())
+
+    def learn(self, resume_from: Path | None) -> None:
+        """Train from the start, or from where `save_state` wrote `resume_from`."""
+        with _without_deprecations():
+            self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return _EpochLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
+
+    def save_state(self, folder: Path) -> None:
+        """Everything that `train(resume_from_checkpoint=folder)` needs to go on as if nothing had happened."""
+        save_adapter(self.model, folder / STATE_ADAPTER, self._base_id)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        self.state.save_to_json(str(folder / TRAINER_STATE))
+
+    @torch.no_grad()
+    def score(self, tokens: Tokens, micro_size: int) -> Score:
+        """How well the model predicts the learned tokens of other rows; changes nothing of the training."""
+        data, collate = as_dataset(tokens), self.data_collator
+        order = np.argsort(tokens.lengths, kind="stable")
+        loss, right, count = 0.0, 0, 0
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(order), micro_size):
+                rows = [data[int(row)] for row in order[start : start + micro_size]]
+                inputs = self._prepare_inputs(collate(rows))
+                with self.compute_loss_context_manager():
+                    output = self.model_wrapped(**inputs, fused_lm_head=True, use_cache=False)
+                loss -= output.log_probs.double().sum().item()
+                right += int(output.is_top1.sum())
+                count += int(output.label_mask.sum())
+        finally:
+            self.model.train(was_training)
+        return Score(loss / max(count, 1), right / max(count, 1))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._on_save(self)
+
+
+class _EpochLoader(DataLoader):
+    """Tells its batches which epoch it is; transformers asks the loader itself."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+def sft_config(plan: Plan, folder: Path, *, use_gpu: bool) -> SFTConfig:
+    """TRL's settings for the plan; its defaults are for large GPUs and a terminal."""
+    return SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=plan.micro_size,
+        gradient_accumulation_steps=plan.batch_size // plan.micro_size,
+        num_train_epochs=plan.n_epochs,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=plan.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        seed=plan.seed,
+        bf16=plan.precision == "bf16",
+        use_cpu=not use_gpu,
+        gradient_checkpointing=False,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="steps",
+        logging_steps=1,
+        # A loss that is no number must be seen, not averaged away.
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=use_gpu,
+    )
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """transformers 5.23 and peft 0.21 warn of their own calls of each other: nothing that anyone here can change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def use_one_process() -> None:
+    """Keep accelerate from wrapping the model for a process group of one: it costs copies and brings nothing."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"):
+        os.environ.pop(name, None)
