@@ -66,7 +66,8 @@ class LocalEngine:
         ready: asyncio.Future[EngineCore] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="engine-step", daemon=True)
         self._thread.start()
-        self._core = await asyncio.wait_for(ready, _START_TIMEOUT_S)
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            self._core = await ready
 
     async def generate(self, request: SequenceRequest) -> AsyncIterator[SequenceOutput]:
         self._started().check(request)
@@ -101,7 +102,8 @@ class LocalEngine:
         loading = asyncio.wrap_future(self._started().adapters.prefetch(ref))
         try:
             # Shielded: others may wait for the same load.
-            await asyncio.wait_for(asyncio.shield(loading), self._config.adapter_timeout_s)
+            async with asyncio.timeout(self._config.adapter_timeout_s):
+                await asyncio.shield(loading)
         except TimeoutError as error:
             raise Overloaded("The adapter is still loading. Retry in a moment.", retry_after_s=5.0) from error
 
@@ -127,7 +129,8 @@ class LocalEngine:
         if self._live:
             self._has_none.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_none.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._has_none.wait()
         self._fail_all(Overloaded("This replica is shutting down. Retry.", retry_after_s=1.0))
 
     async def close(self) -> None:
@@ -228,7 +231,9 @@ class _Mailbox:
         if not self._items:
             self._has_some.clear()
             try:
-                await asyncio.wait_for(self._has_some.wait(), timeout_s)
+                # Not `wait_for`: before Python 3.12 it loses a cancellation that comes together with the result.
+                async with asyncio.timeout(timeout_s):
+                    await self._has_some.wait()
             except TimeoutError as error:
                 raise TuneloomError("The engine does not answer. Retry.", code="engine_stuck") from error
         first = self._items.popleft()
