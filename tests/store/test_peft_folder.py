@@ -80,7 +80,7 @@ def rejection(folder: Path, *, base: str = BASE, max_rank: int = 64) -> str:
     [
         ({}, 4),
         ({"targets": ("q_proj", "v_proj"), "rank": 8}, 8),
-        ({"rank_pattern": {"q_proj": 16, r".*layers\.1\.mlp\.(up|down)_proj": 2}}, 16),
+        ({"rank_pattern": {"q_proj": 16, "^model.layers.1.mlp.up_proj|down_proj": 2}}, 16),
         ({"rank_pattern": {"^model.layers.0.self_attn.k_proj": 3}, "alpha_pattern": {"k_proj": 1.5}}, 4),
         ({"use_rslora": True, "lora_dropout": 0.1}, 4),
         ({"layers_to_transform": [1], "layers_pattern": "layers"}, 4),
@@ -106,7 +106,7 @@ def test_what_peft_saves_for_more_than_lora_is_refused_by_name(
 
 
 def test_ranks_follow_patterns_as_peft_does(tmp_path: Path, tiny_base: Path) -> None:
-    patterns = {r"layers\.0\..*": 3, "q_proj": 5, "model.layers.1.self_attn.k_proj": 6}
+    patterns = {"layers.0.mlp.up_proj|layers.1.self_attn.o_proj": 3, "q_proj": 5, "model.layers.1.self_attn.k_proj": 6}
     folder = make_adapter(tmp_path / "adapter", tiny_base, rank_pattern=patterns)
     with safe_open(folder / "adapter_model.safetensors", "np") as file:
         actual = {
@@ -219,13 +219,23 @@ def test_a_config_that_is_not_utf8_is_refused(folder: Path) -> None:
 
 
 def test_patterns_cannot_keep_us_busy(folder: Path) -> None:
-    evil = ["(a+)+b", "(a|a|a)*", "(.*)*x", "((a|b)|(c|d))e", ".*.*.*.*x", "a{1,1000}{1,1000}", "(?=a)" * 50]
+    evil = [
+        "(a+)+b",
+        "(a|a|a)*",
+        "(.*)*x",
+        "((a|b)|(c|d))e",
+        ".*.*.*.*x",
+        "a{1,1000}{1,1000}",
+        "(?=a)" * 50,
+        "(q_proj",
+        "[9-0]",
+        "x" * 201,
+        "",
+    ]
     started = time.monotonic()
     for pattern in evil:
         write_config(folder, rank_pattern={pattern: 2})
         assert "rank_pattern" in rejection(folder)
-    write_config(folder, rank_pattern={f".*(a|b|{i})": 2 for i in range(17)})
-    assert "names of modules" in rejection(folder)
     assert time.monotonic() - started < 5
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.contract import DocumentsContract
+from tests.store.contract import DocumentsContract, in_processes
 from tuneloom.errors import InvalidRequest, Overloaded, TuneloomError
 from tuneloom.store.base import Create, Increment, Range
 from tuneloom.store.sqlite import SqliteDocuments
@@ -59,6 +59,18 @@ def test_a_commit_that_waits_too_long_is_told_to_come_back(path: Path) -> None:
     documents.commit([Create("things", "a", {})])
 
 
+def test_a_full_disk_is_reported_and_leaves_whole_commits(path: Path) -> None:
+    documents = SqliteDocuments(path)
+    documents.commit([Create("things", "a", {"v": 0})])
+    with documents._use() as connection:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(TuneloomError, match="full"):
+        documents.commit([Increment("things", "a", "v", 1), Create("things", "b", {"v": "x" * 50_000})])
+    assert [document.data for document in documents.query("things")] == [{"v": 0}]
+    documents.commit([Increment("things", "a", "v", 1)])
+
+
 def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
@@ -79,6 +91,15 @@ def test_a_closed_store_says_so(path: Path) -> None:
     documents.close()
     with pytest.raises(TuneloomError, match="closed"):
         documents.find("things", "a")
+
+
+def test_many_processes_may_make_the_file_at_once(path: Path) -> None:
+    in_processes(3, open_and_write, path)
+    assert len(SqliteDocuments(path).query("things")) == 3
+
+
+def open_and_write(path: Path) -> None:
+    SqliteDocuments(path).commit([Create("things", str(os.getpid()), {})])
 
 
 def test_a_finished_thread_leaves_no_connection_behind(path: Path) -> None:
@@ -127,11 +148,15 @@ def test_a_forked_process_goes_on_while_threads_write(path: Path) -> None:
     ("collection", "where", "index"),
     [
         ("keys", {"hash": "x"}, "keys_by_hash"),
-        ("versions", {"ft_name": "x"}, "versions_by_ft_name"),
-        ("checkpoints", {"name": "x"}, "checkpoints_by_name"),
-        ("events", {"job_id": "x"}, "events_by_job_id"),
+        ("versions", {"owner": "x", "ft_name": "x"}, "versions_by_ft_name"),
+        ("versions", {"owner": "x", "model": "x"}, "versions_by_model"),
+        ("checkpoints", {"owner": "x", "name": "x"}, "checkpoints_by_name"),
+        ("checkpoints", {"owner": "x", "job_id": "x"}, "checkpoints_by_job_id"),
+        ("events", {"job_id": "x", "type": "metrics"}, "events_by_job_id"),
+        ("upload_parts", {"upload_id": "x"}, "upload_parts_by_upload_id"),
         ("jobs", {"owner": "x"}, "jobs_by_owner"),
-        ("jobs", {"state": "queued"}, "jobs_by_state"),
+        ("jobs", {"owner": "x", "state": "queued"}, "jobs_by_state"),
+        ("jobs", {"attempt_open": True}, "jobs_by_attempt_open"),
         ("files", {"owner": "x", "purpose": "fine-tune"}, "files_by_owner"),
         ("models", {"owner": "x"}, "models_by_owner"),
         ("things", {}, "sqlite_autoindex_documents_1"),

@@ -183,7 +183,11 @@ class BlobInfo:
 
 
 class Blobs(Protocol):
-    """Immutable byte strings by key. A key is 1-8 parts of `[A-Za-z0-9._-]`, none `.` or `..`, joined by `/`."""
+    """Immutable byte strings by key.
+
+    A key is 1-8 parts of `[A-Za-z0-9._-]`, none `.` or `..`, joined by `/`; a part has up to 255 characters, the key up
+    to 900. No key is a folder of another: where `a/b` is stored, `a` and `a/b/c` are not used.
+    """
 
     def write(self, key: str, source: bytes | Path | Iterable[bytes], *, sha256: str | None = None) -> str:
         """Store bytes under a new key, all or nothing, and return their sha256 (hex).

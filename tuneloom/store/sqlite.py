@@ -27,8 +27,9 @@ from tuneloom.store.base import (
     StoreConflict,
     Write,
 )
+from tuneloom.store.forks import ForkGate
 from tuneloom.store.limits import check_collection, check_writes, encode, is_document_id
-from tuneloom.store.sqlite_query import holds, select
+from tuneloom.store.sqlite_query import INDEXES, holds, select
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 15.0
@@ -38,18 +39,6 @@ CREATE TABLE IF NOT EXISTS documents (
     collection TEXT NOT NULL, id TEXT NOT NULL, rev TEXT NOT NULL, data TEXT NOT NULL, PRIMARY KEY (collection, id)
 ) STRICT
 """
-
-# What is asked for often: every request looks up a key and a name, every list is an owner's, reconcile asks by state.
-_INDEXES = {
-    "keys": ("hash", "owner"),
-    "events": ("job_id",),
-    "versions": ("ft_name", "model", "owner"),
-    "checkpoints": ("name", "job_id"),
-    "jobs": ("owner", "state"),
-    "files": ("owner",),
-    "models": ("owner",),
-    "upload_parts": ("upload_id",),
-}
 
 
 class SqliteDocuments:
@@ -61,8 +50,10 @@ class SqliteDocuments:
     def __init__(self, path: Path | str, *, timeout_s: float = BUSY_TIMEOUT_S) -> None:
         self._path = Path(path).absolute()
         self._timeout_s = timeout_s
+        self._is_closed = False
         self._connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
-        self._reset()
+        self._local = threading.local()
+        self._write_turn = threading.Lock()
         self._create_file()
         with self._use() as connection:
             self._create_schema(connection)
@@ -105,13 +96,12 @@ class SqliteDocuments:
         return {(write.collection, write.id): rev for write in writes if not isinstance(write, Delete)}
 
     def close(self) -> None:
-        with _FORKS.hold():
+        with _GATE.alone():
             self._is_closed = True
             self._drop_connections()
 
-    def _reset(self) -> None:
-        self._is_closed = False
-        self._local = threading.local()
+    def _begin_child(self) -> None:
+        self._drop_connections()
         self._write_turn = threading.Lock()
 
     def _drop_connections(self) -> None:
@@ -123,7 +113,7 @@ class SqliteDocuments:
     @contextmanager
     def _use(self) -> Iterator["_Connection"]:
         """This thread's connection; SQLite's errors become ours."""
-        with _FORKS.working():
+        with _GATE.working():
             try:
                 yield self._connection()
             except sqlite3.Error as error:
@@ -180,7 +170,7 @@ class SqliteDocuments:
             raise InvalidRequest(f"`{self._path}` was made by a newer tuneloom. Use that one, or another file.")
         with self._transaction(connection):
             connection.execute(_TABLE)
-            for collection, fields in _INDEXES.items():
+            for collection, fields in INDEXES.items():
                 for field in fields:
                     connection.execute(
                         f"CREATE INDEX IF NOT EXISTS {collection}_by_{field} "
@@ -203,57 +193,17 @@ class _Connection(sqlite3.Connection):
     """A connection that can be weakly referenced: it is collected after the thread that used it."""
 
 
-class _Forks:
-    """Keeps `fork` and SQLite apart.
-
-    SQLite counts its file locks in memory, per process: a child that inherits an open connection would believe that
-    it holds the parent's locks. So a fork waits until no call is running, and the child closes what it inherited.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._num_working = 0
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        with self._changed:
-            self._num_working += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._num_working -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        self.acquire()
-        try:
-            yield
-        finally:
-            self._changed.release()
-
-    def acquire(self) -> None:
-        self._changed.acquire()
-        self._changed.wait_for(lambda: self._num_working == 0, timeout=BUSY_TIMEOUT_S)
-
-    def release(self) -> None:
-        self._changed.release()
-
-    def restart(self) -> None:
-        self.__init__()
-        for store in list(_STORES):
-            store._drop_connections()
-            store._reset()
-
-
+# SQLite counts its file locks in memory, per process: a child that inherits an open connection would believe that it
+# holds the locks of its parent. So it closes what it inherited, and no call may be half done in it.
 _STORES: "weakref.WeakSet[SqliteDocuments]" = weakref.WeakSet()
-_FORKS = _Forks()
-os.register_at_fork(
-    before=_FORKS.acquire,
-    after_in_parent=_FORKS.release,
-    after_in_child=_FORKS.restart,
-)
+
+
+def _restart() -> None:
+    for store in list(_STORES):
+        store._begin_child()
+
+
+_GATE = ForkGate(_restart)
 
 
 def _apply(connection: sqlite3.Connection, write: Write, text: str, rev: str) -> None:

@@ -9,6 +9,18 @@ from tuneloom.errors import InvalidRequest
 from tuneloom.store.base import Range, Scalar, split_path
 from tuneloom.store.limits import check_collection, check_field, check_value
 
+# What is asked for often: every request looks up a key and a name, every list is an owner's, reconcile asks by state.
+INDEXES = {
+    "keys": ("hash", "owner"),
+    "events": ("job_id",),
+    "versions": ("ft_name", "model", "owner"),
+    "checkpoints": ("name", "job_id"),
+    "jobs": ("owner", "state", "attempt_open"),
+    "files": ("owner",),
+    "models": ("owner",),
+    "upload_parts": ("upload_id",),
+}
+
 _BOUNDS = (("above", ">"), ("at_least", ">="), ("below", "<"), ("at_most", "<="))
 
 
@@ -29,7 +41,9 @@ def select(
     order = ["id"] if order_by == "id" else _order(check_field(order_by))
     if order_by != "id":
         conditions.append(f"{order[0]} IS NOT NULL")
-    clauses = [_equals(path, value) for path, value in where.items()]
+    # An owner may have most of the documents, one machine's `local` has all: any other index finds fewer.
+    has_better = any(path in INDEXES.get(collection, ()) for path in where if path != "owner")
+    clauses = [_equals(path, value, may_use_index=path != "owner" or not has_better) for path, value in where.items()]
     clauses += [_bound(order_by, sign, getattr(bounds, name)) for name, sign in _BOUNDS]
     clauses.append(_beyond(order_by, order, "<" if descending else ">", after))
     for clause, parameters in clauses:
@@ -54,7 +68,7 @@ def holds(data: str, parts: str, value: str) -> bool:
     return _rank(found) == _rank(wanted) and found == wanted
 
 
-def _equals(path: str, value: Scalar) -> tuple[str, list[Any]]:
+def _equals(path: str, value: Scalar, *, may_use_index: bool) -> tuple[str, list[Any]]:
     parts = split_path(path)
     check_field(parts[0])
     if not _is_searchable(value):
@@ -67,7 +81,7 @@ def _equals(path: str, value: Scalar) -> tuple[str, list[Any]]:
         # Both numbers come from their JSON text by the same conversion, so that equal texts are equal.
         return f"{_type_rank(field)} = 2 AND json_extract(data, {field}) = json_extract(?, '$')", [text]
     # The stored text is compared: exact for every string, and `true` is not 1.
-    return f"data -> {field} = ?", [text]
+    return f"{'' if may_use_index else '+'}(data -> {field}) = ?", [text]
 
 
 def _order(field: str) -> list[str]:

@@ -1,0 +1,57 @@
+"""A gate that keeps `fork` and calls of a C library apart. Knows nothing of what the library is."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+WAIT_S = 15.0
+
+
+class ForkGate:
+    """Lets any number of threads work, and lets none work while the process forks.
+
+    A fork waits up to `WAIT_S` for the work that is running; then the child calls `restart`, before anything else in it
+    can come through the gate. Make one per module, for the life of the process.
+    """
+
+    def __init__(self, restart: Callable[[], None]) -> None:
+        self._restart = restart
+        self._open()
+        os.register_at_fork(before=self._shut, after_in_parent=self._release, after_in_child=self._begin_child)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        with self._changed:
+            self._num_working += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_working -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody works inside this block."""
+        self._shut()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _open(self) -> None:
+        # Its lock is reentrant: a signal handler may come through the gate while its thread is at it.
+        self._changed = threading.Condition()
+        self._num_working = 0
+
+    def _shut(self) -> None:
+        self._changed.acquire()
+        self._changed.wait_for(lambda: self._num_working == 0, timeout=WAIT_S)
+
+    def _release(self) -> None:
+        self._changed.release()
+
+    def _begin_child(self) -> None:
+        self._open()
+        self._restart()
