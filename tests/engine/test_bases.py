@@ -1,0 +1,89 @@
+"""Architectures: each as a tiny random model, equal to transformers' own generate."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.engine.conftest import GREEDY, OpenCore, ref_of, request
+from tests.tiny import make_adapter
+from tuneloom.engine.loader import pick_dtype
+from tuneloom.errors import InvalidRequest
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gemma3_text": {**COMMON, **WINDOW, "head_dim": 24, "query_pre_attn_scalar": 24},
+    "qwen2": {**COMMON, **WINDOW, "use_sliding_window": True},
+    "qwen3": {**COMMON, "head_dim": 24},
+    "mistral": {**COMMON, "sliding_window": 16, "head_dim": 16},
+    "granite": {**COMMON, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    "phi": {**COMMON, "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+    "phi3": COMMON,
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_base_of_each_architecture_equals_generate(
+    open_core: OpenCore, plain_generate, tiny_prompts, tmp_path: Path, kind: str
+):
+    """Longer prompts cross the sliding window, in chunks that start inside and outside of it."""
+    base = make_model(tmp_path / kind, kind, ARCHITECTURES[kind])
+    adapter = make_adapter(tmp_path / "adapter", base, seed=5, targets=TARGETS[kind])
+    engine = open_core(base, max_step_tokens=24, max_sequences=4)
+    chosen = [1, 4, 7, 11, 16]
+    params = replace(GREEDY, max_tokens=12)
+    for i in chosen:
+        engine.core.add(request(f"r{i}", tiny_prompts[i], params=params, adapter=ref_of(adapter) if i % 2 else None))
+    engine.run()
+    assert not engine.errors
+    for i in chosen:
+        assert engine.tokens(f"r{i}") == plain_generate(base, tiny_prompts[i], 12, adapter if i % 2 else None)
+
+
+def make_model(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    return folder
+
+
+LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = {kind: LLAMA_LIKE for kind in ARCHITECTURES} | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+TARGETS["phi"] = ("q_proj", "v_proj", "dense", "fc1", "fc2")
+
+
+def test_attention_that_the_engine_does_not_compute_is_refused(open_core: OpenCore, tmp_path: Path):
+    softcap = make_model(tmp_path / "g", "gemma2", {**COMMON, "head_dim": 16, "attn_logit_softcapping": 50.0})
+    with pytest.raises(InvalidRequest, match="softcap"):
+        open_core(softcap)
+
+
+def test_code_of_a_base_is_never_run(open_core: OpenCore, tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Model"}}')
+    with pytest.raises(InvalidRequest, match="code of its own"):
+        open_core(tmp_path)
+
+
+def test_the_number_format_follows_the_setting_and_else_the_machine():
+    cpu = torch.device("cpu")
+    assert pick_dtype("fp32", cpu) == torch.float32
+    assert pick_dtype("bf16", cpu) == torch.bfloat16
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert pick_dtype("auto", cpu) == (torch.bfloat16 if has_bf16 else torch.float32)
