@@ -194,7 +194,7 @@ def check_outcome(world: World, job: Job) -> None:
     steps = [stored.value.data["step"] for stored in table.query({"job_id": job.id, "type": "metrics"})]
     assert len(steps) == len(set(steps)), "a step is told twice"
     if job.state == "succeeded":
-        assert steps == [1, 2, 3, 4]
+        assert sorted(steps) == [1, 2, 3, 4]
         assert job.fine_tuned_model and job.result_files
         assert world.store.records.files.find(job.result_files[0]) is not None
     if job.state == "failed":
@@ -215,7 +215,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(actions=ACTIONS)
 def test_every_job_ends_once_and_truly_whatever_happens(actions):
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,118 @@
+"""What belongs to somebody else looks, byte for byte, like what does not exist."""
+
+import pytest
+
+from tests.control.conftest import BASE
+from tests.control.test_models import add_version
+from tuneloom.domain import Checkpoint
+
+JOBS = "/v1/fine_tuning/jobs"
+OURS = "/v1/tuneloom/models"
+PART = {"files": {"data": ("part", b"x")}}
+
+
+@pytest.fixture
+def hers(api) -> dict[str, str]:
+    """Ids and names of everything that ada has."""
+    job = api.create_job(suffix="bot")
+    version = add_version(api.store)
+    checkpoint = Checkpoint(
+        id="ftckpt_1",
+        owner="ada",
+        job_id=job["id"],
+        base=BASE,
+        step=2,
+        name=version.ft_name + ":ckpt-step-2",
+        created_at=1.0,
+        adapter=version.adapter,
+    )
+    api.store.records.commit(api.store.records.checkpoints.create(checkpoint))
+    upload = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 1, "mime_type": "x"}
+    return {
+        "FILE": job["training_file"],
+        "JOB": job["id"],
+        "UPLOAD": api.post("/v1/uploads", json=upload).json()["id"],
+        "MODEL": "bot",
+        "PINNED": "bot@v1",
+        "FT": version.ft_name.replace("/", "%2F"),
+        "CHECKPOINT": checkpoint.name.replace("/", "%2F"),
+        "EVENT": api.get(f"{JOBS}/{job['id']}/events").json()["data"][0]["id"],
+    }
+
+
+@pytest.mark.parametrize(
+    "method, path, options",
+    [
+        ("GET", "/v1/files/FILE", {}),
+        ("GET", "/v1/files/FILE/content", {}),
+        ("DELETE", "/v1/files/FILE", {}),
+        ("GET", "/v1/files?after=FILE", {}),
+        ("POST", "/v1/uploads/UPLOAD/parts", PART),
+        ("POST", "/v1/uploads/UPLOAD/complete", {"json": {"part_ids": ["x"]}}),
+        ("POST", "/v1/uploads/UPLOAD/cancel", {}),
+        ("GET", f"{JOBS}/JOB", {}),
+        ("POST", f"{JOBS}/JOB/cancel", {}),
+        ("POST", f"{JOBS}/JOB/pause", {}),
+        ("POST", f"{JOBS}/JOB/resume", {}),
+        ("GET", f"{JOBS}/JOB/events", {}),
+        ("GET", f"{JOBS}/JOB/events?after=EVENT", {}),
+        ("GET", f"{JOBS}/JOB/checkpoints", {}),
+        ("GET", f"{JOBS}?after=JOB", {}),
+        ("POST", JOBS, {"json": {"model": BASE, "training_file": "FILE"}}),
+        ("POST", JOBS, {"json": {"model": "MODEL", "training_file": "FILE"}}),
+        ("POST", JOBS, {"json": {"model": "PINNED", "training_file": "FILE"}}),
+        ("GET", "/v1/models/MODEL", {}),
+        ("GET", "/v1/models/PINNED", {}),
+        ("GET", "/v1/models/FT", {}),
+        ("GET", "/v1/models/CHECKPOINT", {}),
+        ("DELETE", "/v1/models/MODEL", {}),
+        ("DELETE", "/v1/models/FT", {}),
+        ("DELETE", "/v1/models/CHECKPOINT", {}),
+        ("GET", f"{OURS}/MODEL", {}),
+        ("POST", f"{OURS}/MODEL/activate", {"json": {"version": 1}}),
+        ("POST", f"{OURS}/MODEL/rollback", {}),
+        ("GET", f"{OURS}/MODEL/adapter", {}),
+        ("GET", f"{OURS}/FT/adapter", {}),
+    ],
+)
+def test_foreign_and_absent_are_answered_alike(api, hers, method, path, options):
+    def ask(names: dict[str, str]) -> tuple[int, bytes]:
+        def fill(value):
+            if isinstance(value, str):
+                for word, name in names.items():
+                    value = value.replace(word, name)
+            return value
+
+        sent = dict(options)
+        if "json" in sent:
+            sent["json"] = {key: fill(value) for key, value in sent["json"].items()}
+        answer = api.call(method, fill(path), key="bob:training", **sent)
+        content = answer.content
+        # The longest first: a name may be a part of another.
+        for word, name in sorted(names.items(), key=lambda item: -len(item[1])):
+            content = content.replace(name.replace("%2F", "/").encode(), word.encode())
+        return answer.status_code, content
+
+    absent = {word: name[:-3] + "zzz" for word, name in hers.items()} | {"MODEL": "no-bot", "PINNED": "no-bot@v1"}
+    foreign = ask(hers)
+    assert foreign == ask(absent)
+    assert foreign[0] in (400, 404)
+
+
+def test_lists_hold_only_what_is_the_callers(api, hers):
+    for path in ("/v1/files", JOBS, OURS):
+        assert api.get(path, key="bob:training").json()["data"] == []
+        assert api.get(path).json()["data"] != []
+    names = [model["id"] for model in api.get("/v1/models", key="bob:training").json()["data"]]
+    assert names == [BASE, "gpt-4o-mini-2024-07-18"]
+
+
+def test_the_same_name_of_two_owners_is_two_models(api, hers):
+    add_version(api.store, owner="bob")
+    api.delete("/v1/models/bot", key="bob:training")
+    assert api.get("/v1/models/bot").status_code == 200
+
+
+def test_a_retry_of_another_owner_finds_nothing(api, hers):
+    theirs = api.upload(b"{}\n", key="bob:training", headers={"x-stainless-retry-count": "1"})
+    assert theirs != hers["FILE"]

@@ -1,0 +1,180 @@
+import threading
+
+import pytest
+
+from tests.control.fakes import put_fake_adapter
+from tuneloom import bases
+from tuneloom.control import models
+from tuneloom.domain import Checkpoint, new_id
+from tuneloom.errors import AdapterRejected, Conflict, InvalidRequest, ModelNotFound
+from tuneloom.store import Store
+
+
+def add_version(
+    store: Store, name: str = "bot", owner: str = "ada", base: str = "tiny/llama", job_id: str | None = None
+):
+    unique = new_id("")
+
+    def once():
+        addition = models.add_version(
+            store.records,
+            owner=owner,
+            name=name,
+            base=base,
+            adapter=put_fake_adapter(store, f"imports/{unique}", unique),
+            unique=unique[:8],
+            suffix=name,
+            at=1.0,
+            job_id=job_id,
+        )
+        store.records.commit(*addition.writes)
+        return addition.version
+
+    return models.retry(once)
+
+
+def active(store: Store, name: str = "bot") -> int | None:
+    return models.get_model(store.records, "ada", name).value.active
+
+
+def test_the_first_version_is_active_and_later_ones_wait(store):
+    assert [add_version(store).number for _ in range(3)] == [1, 2, 3]
+    assert active(store) == 1
+
+
+def test_every_name_of_a_version_finds_it(store):
+    first, second = add_version(store), add_version(store)
+    for name, version in (("bot", first), ("bot@v1", first), ("bot@v2", second), (second.ft_name, second)):
+        assert models.find_named(store.records, "ada", name).version.value == version
+    for name in ("bot@v3", "bot@v01", "bot@v", "bot@v-1", "bot@v١", "bot@2", "Bot", "ft:", "ft:x", "", "@v1", "a/b"):
+        assert models.find_named(store.records, "ada", name) is None
+    for name in ("bot", "bot@v1", first.ft_name):
+        assert models.find_named(store.records, "bob", name) is None
+
+
+def test_activating_and_rolling_back_move_the_pointer(store):
+    for _ in range(3):
+        add_version(store)
+    models.activate(store.records, "ada", "bot", 3)
+    assert active(store) == 3
+    models.delete(store, "ada", "bot@v2")
+    assert models.rollback(store.records, "ada", "bot").active == 1
+    with pytest.raises(Conflict, match="no version before"):
+        models.rollback(store.records, "ada", "bot")
+    with pytest.raises(ModelNotFound):
+        models.activate(store.records, "ada", "bot", 9)
+    with pytest.raises(ModelNotFound):
+        models.activate(store.records, "bob", "bot", 1)
+
+
+def test_a_deleted_version_leaves_the_highest_of_the_rest_active(store):
+    versions = [add_version(store) for _ in range(3)]
+    models.delete(store, "ada", versions[0].ft_name)
+    assert active(store) == 3
+    models.delete(store, "ada", "bot@v2")
+    assert active(store) == 3
+    models.delete(store, "ada", "bot@v3")
+    assert active(store) is None
+    assert store.blobs.list("imports") == []
+    assert add_version(store).number == 4
+    assert active(store) == 4
+
+
+def test_deleting_a_model_takes_all_versions_and_their_bytes(store):
+    for _ in range(3):
+        add_version(store)
+    kept = add_version(store, name="other")
+    models.delete(store, "ada", "bot")
+    assert [stored.value for stored in store.records.versions.query()] == [kept]
+    assert models.find_named(store.records, "ada", "bot") is None
+    assert {blob.key.rsplit("/", 1)[0] for blob in store.blobs.list("imports")} == {kept.adapter.uri}
+    with pytest.raises(ModelNotFound):
+        models.delete(store, "ada", "bot")
+
+
+def test_a_model_with_very_many_versions_is_deleted_too(store, monkeypatch):
+    monkeypatch.setattr(models, "MAX_DELETED", 5)
+    for _ in range(12):
+        add_version(store)
+    models.delete(store, "ada", "bot")
+    assert store.records.versions.query() == []
+    assert store.blobs.list("imports") == []
+
+
+def test_a_version_takes_the_checkpoints_of_its_job_with_it(store):
+    version = add_version(store, job_id="ftjob-1")
+    checkpoint = Checkpoint(
+        id="ftckpt_1",
+        owner="ada",
+        job_id="ftjob-1",
+        base="tiny/llama",
+        step=2,
+        name=version.ft_name + ":ckpt-step-2",
+        created_at=1.0,
+        adapter=put_fake_adapter(store, "jobs/ftjob-1/checkpoints/step-2", "c"),
+    )
+    store.records.commit(store.records.checkpoints.create(checkpoint))
+    assert models.find_named(store.records, "ada", checkpoint.name).checkpoint.value == checkpoint
+    models.delete(store, "ada", "bot@v1")
+    assert store.records.checkpoints.query() == []
+    assert store.blobs.list("jobs") == []
+
+
+def test_bytes_that_another_record_refers_to_stay(store):
+    version = add_version(store)
+    copy = version.model_copy(update={"id": "ada:copy:v1", "model": "copy"})
+    store.records.commit(store.records.versions.create(copy))
+    models.delete(store, "ada", "bot")
+    assert len(store.blobs.list(version.adapter.uri)) == 2
+
+
+def test_a_model_stays_on_its_base(store):
+    add_version(store)
+    with pytest.raises(InvalidRequest, match="is on the base `tiny/llama`"):
+        add_version(store, base="other/base")
+
+
+def test_versions_made_at_once_get_numbers_of_their_own(store):
+    threads = [threading.Thread(target=add_version, args=(store,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    numbers = [version.number for version in models.list_versions(store.records, "ada", "bot")]
+    assert numbers == [1, 2, 3, 4]
+
+
+def test_deleting_versions_at_once_leaves_no_pointer_to_nothing(store):
+    for _ in range(5):
+        add_version(store)
+    threads = [threading.Thread(target=models.delete, args=(store, "ada", f"bot@v{n}")) for n in (1, 3, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert active(store) in (2, 4)
+    assert models.find_named(store.records, "ada", "bot").version is not None
+
+
+@pytest.fixture(scope="session")
+def bases_dir(tmp_path_factory, tiny_base):
+    folder = tmp_path_factory.mktemp("bases")
+    bases.add_folder(folder, tiny_base, "tiny/llama")
+    return folder
+
+
+def test_an_adapter_trained_elsewhere_becomes_a_version(store, bases_dir, tiny_adapters):
+    base = bases.get_base(bases_dir, "tiny/llama")
+    version = models.import_adapter(store, "ada", base, "bot", tiny_adapters[0], max_rank=64)
+    assert (version.pinned_name, version.adapter.rank, version.job_id) == ("bot@v1", 4, None)
+    again = models.import_adapter(store, "ada", base, "bot", tiny_adapters[1], max_rank=64)
+    assert again.number == 2
+    assert again.ft_name != version.ft_name
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing(store, bases_dir, tiny_adapters):
+    base = bases.get_base(bases_dir, "tiny/llama")
+    with pytest.raises(AdapterRejected):
+        models.import_adapter(store, "ada", base, "bot", tiny_adapters[3], max_rank=8)
+    assert store.records.models.query() == []
+    assert store.blobs.list("imports") == []
