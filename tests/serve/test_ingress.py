@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -90,7 +91,7 @@ async def test_each_choice_of_n_has_its_own_text_and_reason(service: Service, cl
 
 
 async def test_chat_logprobs_carry_bytes_and_alternatives(service: Service, client: AsyncOpenAI) -> None:
-    entry = TokenLogprob("é", -0.5, (195, 169), (TokenLogprob("e", -1.0, (101,)),))
+    entry = TokenLogprob("é", -0.5, (195, 169), (TokenLogprob("e", -math.inf, (101,)),))
     service.base.play(Started(1), [Delta(0, "é", (entry,), "length")], Finished(Usage(1, 1)))
 
     answer = await client.chat.completions.create(model=BASE, messages=HI, logprobs=True, top_logprobs=1)
@@ -98,7 +99,7 @@ async def test_chat_logprobs_carry_bytes_and_alternatives(service: Service, clie
     assert answer.choices[0].logprobs and answer.choices[0].logprobs.content
     token = answer.choices[0].logprobs.content[0]
     assert (token.token, token.logprob, token.bytes) == ("é", -0.5, [195, 169])
-    assert [(other.token, other.logprob) for other in token.top_logprobs] == [("e", -1.0)]
+    assert [(other.token, other.logprob) for other in token.top_logprobs] == [("e", -9999.0)]
 
 
 async def test_text_completions_answer_several_prompts_with_legacy_logprobs(
@@ -424,6 +425,9 @@ async def test_a_request_over_its_time_ends_and_is_not_to_be_repeated(settings: 
 async def test_an_answer_that_the_model_failed_on_is_an_error(service: Service, client: AsyncOpenAI) -> None:
     service.base.play(*hello(finish_reason="error"))
     with pytest.raises(openai.InternalServerError):
+        await client.chat.completions.create(model=BASE, messages=HI)
+    service.base.play(Started(5), [Delta(0, "a")])
+    with pytest.raises(openai.InternalServerError, match="before it was complete"):
         await client.chat.completions.create(model=BASE, messages=HI)
     service.base.play(Started(5), TuneloomError("The step failed."))
     with pytest.raises(openai.APIError, match="step failed"):

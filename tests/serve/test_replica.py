@@ -212,6 +212,20 @@ async def test_a_refusal_of_the_engine_comes_before_started(codec: Codec) -> Non
         await run(make_replica(Full(codec), codec), make_request(n=4))
 
 
+async def test_a_request_with_text_waits_for_room_and_is_not_refused(codec: Codec) -> None:
+    class Small(ScriptedEngine):
+        async def generate(self, request: SequenceRequest) -> AsyncIterator[SequenceOutput]:
+            if self.requests and self.running < 2 and self.most_running == 2:
+                self.most_running = 0
+                raise Overloaded("Too many requests wait.")
+            async with aclosing(super().generate(request)) as outputs:
+                async for output in outputs:
+                    yield output
+
+    frames = await run(make_replica(Small(codec, "yes"), codec, max_parallel=2), make_request(n=5))
+    assert [text(frames, index) for index in range(5)] == ["yes"] * 5
+
+
 async def test_a_failing_step_ends_the_stream_after_the_text_so_far(codec: Codec) -> None:
     engine = ScriptedEngine(codec, "left right", pause_s=0.05, error=Overloaded("The step failed."))
     seen = []

@@ -151,8 +151,8 @@ class CompletionAnswer:
             self._offsets[delta.index] += sum((byte & 0xC0) != 0x80 for byte in entry.bytes)
         return {
             "tokens": [entry.token for entry in delta.logprobs],
-            "token_logprobs": [entry.logprob for entry in delta.logprobs],
-            "top_logprobs": [{e.token: e.logprob for e in (*entry.top, entry)} for entry in delta.logprobs],
+            "token_logprobs": [_finite(entry.logprob) for entry in delta.logprobs],
+            "top_logprobs": [{e.token: _finite(e.logprob) for e in (*entry.top, entry)} for entry in delta.logprobs],
             "text_offset": offsets,
         }
 
@@ -192,7 +192,12 @@ def _logprob(entry: TokenLogprob) -> Json:
 
 
 def _alternative(entry: TokenLogprob) -> Json:
-    return {"token": entry.token, "logprob": entry.logprob, "bytes": list(entry.bytes)}
+    return {"token": entry.token, "logprob": _finite(entry.logprob), "bytes": list(entry.bytes)}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity: what cannot happen at all gets OpenAI's number for it."""
+    return max(-9999.0, logprob)
 
 
 def _usage(usage: Usage) -> Json:

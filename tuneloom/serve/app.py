@@ -1,13 +1,13 @@
 """Settings become Serve applications: `schema` for the cluster, and the builders that the schema names.
 
-`schema` is pure, and importing this module is cheap: whoever deploys needs neither Serve nor torch.
+`schema` is pure, and importing this module is cheap: whoever deploys needs neither Serve nor torch. The processes of
+the cluster it is deployed on should have `guard.PROXY_ENVIRONMENT` in their environment.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from tuneloom.bases import slug
 from tuneloom.config import BaseSettings, Settings
-from tuneloom.serve.guard import PROXY_ENVIRONMENT
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -31,7 +31,6 @@ def schema(settings: Settings) -> dict[str, Any]:
     """What to deploy, in the form of `ray.serve.schema.ServeDeploySchema`, as plain JSON."""
     return {
         "http_options": {"host": settings.gateway.host, "port": settings.gateway.port},
-        "controller_options": {"runtime_env": {"env_vars": PROXY_ENVIRONMENT}},
         # Access logs hold method, path and status: no bodies, so no prompts, and no keys.
         "logging_config": {"encoding": "JSON", "log_level": "INFO"},
         "applications": [

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tuneloom.engine.base import Engine, SequenceRequest, TokenOutput
-from tuneloom.errors import TuneloomError
+from tuneloom.errors import Overloaded, TuneloomError
 from tuneloom.generation import Delta, Finished, FinishReason, Frame, GenerationRequest, Started, TokenLogprob, Usage
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 FLUSH_S = 0.02
 # How long an answer may be silent before it counts as begun: from then on failures are events, not statuses.
 ADMIT_S = 10.0
+# Between two tries of a choice whose siblings run while the engine has no room for it.
+FULL_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Run:
         self._deltas: list[Delta] = []
         self._news = asyncio.Event()
         self._error: Exception | None = None
+        self._begun: set[int] = set()
         self._completion_tokens = 0
         self._cached_tokens = [0] * len(encoded)
 
@@ -111,21 +114,32 @@ class Run:
     async def _choose(self, index: int, prompt: Encoded) -> None:
         try:
             async with self._turns:
-                await self._sample(index, prompt)
+                await self._sample_in_turn(index, prompt)
         except Exception as error:
             if self._error is None:
                 self._error = error
             self._news.set()
 
+    async def _sample_in_turn(self, index: int, prompt: Encoded) -> None:
+        """Generate one choice. Once others of the request have text, it waits for room instead of being refused."""
+        while True:
+            try:
+                return await self._sample(index, prompt)
+            except Overloaded:
+                if not self._completion_tokens or index in self._begun:
+                    raise
+            await asyncio.sleep(FULL_PAUSE_S)
+
     async def _sample(self, index: int, prompt: Encoded) -> None:
         """Generate one choice, up to a stop id, a stop string or its number of tokens."""
         params, n = self._request.params, self._request.params.n
         choice = _Choice(self._codec, params.stop, params.logprobs)
-        if prompt.echo:
-            self._put(Delta(index, prompt.echo))
         async with aclosing(self._engine.generate(self._sequence(index, prompt))) as outputs:
             async for output in outputs:
                 self._completion_tokens += len(output.tokens)
+                if prompt.echo and index not in self._begun:
+                    self._put(Delta(index, prompt.echo))
+                self._begun.add(index)
                 if index % n == 0:
                     self._cached_tokens[index // n] = max(self._cached_tokens[index // n], output.cached_tokens)
                 text, logprobs, reason = choice.push(output.tokens, output.finish_reason)

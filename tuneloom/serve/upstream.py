@@ -13,8 +13,8 @@ from typing import Protocol
 
 from tuneloom.domain import Target
 from tuneloom.engine.base import EngineStats
-from tuneloom.errors import ModelNotFound, Overloaded
-from tuneloom.generation import Frame, GenerationRequest, Started
+from tuneloom.errors import ModelNotFound, Overloaded, TuneloomError
+from tuneloom.generation import Finished, Frame, GenerationRequest, Started
 from tuneloom.store.base import BlobNotFound
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ async def _attempt(
     """One attempt, each wait within the time that is left for it."""
     now = time.monotonic()
     limit = min(deadline, now + start_s)
+    is_finished = False
     attempt = dataclasses.replace(request, deadline_s=max(deadline - now, 0.0))
     async with aclosing(bases(target.base).generate(attempt)) as stream:
         while True:
@@ -95,9 +96,12 @@ async def _attempt(
                 # The model was deleted between the door and the engine.
                 raise ModelNotFound.named(target.name) from error
             if frame is None:
-                return
+                break
+            is_finished = isinstance(frame, Finished)
             yield frame
             limit = deadline
+    if not is_finished:
+        raise TuneloomError("The answer ended before it was complete. Send the request again.")
 
 
 async def _before_repetition(request: GenerationRequest, error: ReplicaLost) -> None:

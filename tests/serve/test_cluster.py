@@ -1,0 +1,222 @@
+"""The applications on a real local Ray: HTTP in, frames between processes, and what happens when one of them dies."""
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.serve.conftest import BASE
+from tuneloom.bases import add_folder
+from tuneloom.config import BaseSettings, EngineSettings, GatewaySettings, Settings, read_pepper
+from tuneloom.control import keys
+from tuneloom.serve.app import base_app, schema
+from tuneloom.serve.guard import PROXY_ENVIRONMENT
+from tuneloom.store import open_store
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+HI: Any = [{"role": "user", "content": "hello"}]
+# Sixteen choices up to the end of the context, none of which may end before: seconds of work.
+LONG: Any = {"model": BASE, "messages": HI, "n": 16, "max_tokens": 480, "logit_bias": {"2": -100}}
+RECOVERY_S = 60.0
+
+
+@dataclass
+class Cluster:
+    url: str
+    key: str
+
+    def client(self, **more: Any) -> OpenAI:
+        return OpenAI(api_key=self.key, base_url=f"{self.url}/v1", **{"max_retries": 0, "timeout": 90, **more})
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return httpx.get(self.url + path, headers={"authorization": f"Bearer {self.key}", **named}, timeout=30)
+
+    def stats(self) -> Any:
+        from ray import serve
+
+        return serve.get_app_handle(base_app(BASE)).stats.remote().result(timeout_s=10)
+
+    def pid(self, application: str) -> int:
+        """The process of the one running replica of an application."""
+        from ray.serve.context import _get_global_client
+
+        details = _get_global_client().get_serve_details()["applications"][application]
+        (deployment,) = details["deployments"].values()
+        (replica,) = [r for r in deployment["replicas"] if r["state"] == "RUNNING"]
+        return replica["pid"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_base: Path) -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="tlt", ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        add_folder(home / "bases", tiny_base, BASE)
+        settings = Settings(
+            home=home,
+            bases=(BaseSettings(id=BASE, engine=EngineSettings(threads=1, dtype="fp32")),),
+            gateway=GatewaySettings(port=free_port()),
+        )
+        store = open_store(settings)
+        key = keys.mint(store.records, read_pepper(settings), owner="ada").secret
+        store.close()
+        with ray_cluster(home / "ray", settings):
+            yield Cluster(f"http://127.0.0.1:{settings.gateway.port}", key)
+        shutil.rmtree(home / "ray", ignore_errors=True)
+
+
+class ray_cluster:
+    """A Ray of our own with the applications of `settings`; other clusters of the host are not touched."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._environment = {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            **PROXY_ENVIRONMENT,
+        }
+
+    def __enter__(self) -> None:
+        os.environ.update(self._environment)
+        import ray
+        from ray import serve
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=80 << 20,
+            log_to_driver=False,
+            _temp_dir=str(self._folder),
+        )
+        deploy = schema(self._settings)
+        serve.start(http_options=deploy["http_options"], logging_config=deploy["logging_config"])
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(deploy), _blocking=True)
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+        from ray import serve
+
+        serve.shutdown()
+        ray.shutdown()
+        for name in self._environment:
+            os.environ.pop(name, None)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def eventually(is_true: Callable[[], bool], timeout_s: float) -> float:
+    """Seconds until it is; what it raises meanwhile counts as not yet."""
+    started = time.monotonic()
+    while time.monotonic() - started < timeout_s:
+        try:
+            if is_true():
+                return time.monotonic() - started
+        except (openai.APIError, httpx.HTTPError, ValueError, KeyError):
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"not within {timeout_s} s")
+
+
+def answers(cluster: Cluster) -> bool:
+    return bool(cluster.client(timeout=20).chat.completions.create(model=BASE, messages=HI, max_tokens=2).choices)
+
+
+def test_chat_and_text_answer_whole_and_streamed(cluster: Cluster) -> None:
+    client = cluster.client()
+    whole = client.chat.completions.create(model=BASE, messages=HI, temperature=0, max_tokens=8)
+    stream = client.chat.completions.create(model=BASE, messages=HI, temperature=0, max_tokens=8, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole.choices[0].message.content
+    assert whole.usage and whole.usage.completion_tokens <= 8
+    assert client.completions.create(model=BASE, prompt=["a", [5, 6]][0], max_tokens=3).choices[0].finish_reason
+    assert cluster.get("/readyz").status_code == 200
+
+
+def test_errors_of_the_replica_keep_their_status_through_ray(cluster: Cluster) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            cluster.client().chat.completions.create(model=BASE, messages=HI, max_tokens=5000, stream=stream)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_serves_proxy_obeys_none_of_a_clients_headers_and_answers_one_request_id(cluster: Cluster) -> None:
+    ours = cluster.get("/v1/models", x_session_id="a", serve_multiplexed_model_id="b")
+    theirs = cluster.get("/v1/models", x_request_id="trace-1")
+    refused = cluster.get("/v1/models", x_request_timeout_seconds="0")
+    (request_id,) = ours.headers.get_list("x-request-id")
+    assert request_id.startswith("req_")
+    assert theirs.headers.get_list("x-request-id") == ["trace-1"]
+    assert (refused.status_code, len(refused.headers.get_list("x-request-id"))) == (400, 1)
+
+
+def test_a_body_of_100_mb_is_a_413(cluster: Cluster) -> None:
+    response = httpx.post(
+        f"{cluster.url}/v1/completions",
+        content=b" " * 100_000_000,
+        headers={"authorization": f"Bearer {cluster.key}"},
+        timeout=60,
+    )
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_client_that_leaves_frees_its_slots(cluster: Cluster) -> None:
+    stream = cluster.client().chat.completions.create(**LONG, stream=True)
+    for chunk in stream:
+        if chunk.choices[0].delta.content:
+            break
+    assert cluster.stats().running == 16
+    stream.close()
+    eventually(lambda: cluster.stats().running == 0, 10)
+
+    with pytest.raises(openai.APITimeoutError):
+        cluster.client(timeout=1.0).chat.completions.create(**LONG)
+    eventually(lambda: cluster.stats().running == 0, 10)
+
+
+def test_a_base_that_is_killed_ends_its_streams_in_an_error_and_comes_back(cluster: Cluster) -> None:
+    seen = 0
+    with pytest.raises(openai.APIError, match="ended in the middle") as caught:
+        for chunk in cluster.client().chat.completions.create(**LONG, stream=True):
+            seen += bool(chunk.choices[0].delta.content)
+            if seen == 1:
+                os.kill(cluster.pid(base_app(BASE)), signal.SIGKILL)
+    assert seen and caught.value.code == "overloaded"
+    assert eventually(lambda: answers(cluster), RECOVERY_S) < RECOVERY_S
+
+
+def test_a_request_that_is_not_answered_yet_survives_the_death_of_the_base(cluster: Cluster) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(lambda: cluster.client(timeout=120).chat.completions.create(**LONG))
+        eventually(lambda: cluster.stats().running > 0, 10)
+        os.kill(cluster.pid(base_app(BASE)), signal.SIGKILL)
+        assert len(whole.result(timeout=120).choices) == 16
+
+
+@pytest.mark.parametrize("application", ["gateway", "control"])
+def test_a_killed_service_process_is_replaced(cluster: Cluster, application: str) -> None:
+    killed = cluster.pid(application)
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: cluster.pid(application) != killed, RECOVERY_S)
+    eventually(lambda: answers(cluster), RECOVERY_S)
