@@ -177,7 +177,7 @@ def _check_applications(settings: Settings, state: ClusterState, say: Report) ->
     failed = {name: app for name, app in applications.items() if app["status"] == "DEPLOY_FAILED"}
     for name, app in failed.items():
         raise ClusterError(f"The application `{name}` did not start. Logs: {state.logs}\n{_complaints(app)}")
-    missing = [f"{name} ({describe(app)})" for name, app in sorted(applications.items()) if app["status"] != "RUNNING"]
+    missing = [name for name, app in sorted(applications.items()) if app["status"] != "RUNNING"]
     for app in applications.values():
         if complaints := _complaints(app):
             say(complaints)
