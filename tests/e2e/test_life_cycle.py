@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -82,9 +83,12 @@ def test_a_file_becomes_a_job_becomes_a_model_that_answers(home: Home, client: o
 
 def test_a_checkpoint_answers_while_its_job_still_runs(home: Home, client: openai.OpenAI) -> None:
     job = start_job(client, rows_jsonl(100), suffix="live", epochs=40, checkpoint_every_steps=10)
-    checkpoint = wait_for(
-        "a checkpoint", lambda: next(iter(client.fine_tuning.jobs.checkpoints.list(job.id)), None), timeout_s=180
-    )
+
+    def late_checkpoint() -> Any:
+        found = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+        return next((checkpoint for checkpoint in found if checkpoint.step_number >= 60), None)
+
+    checkpoint = wait_for("a checkpoint that has learned something", late_checkpoint, timeout_s=180)
 
     answer = ask(client, checkpoint.fine_tuned_model_checkpoint)
 
