@@ -85,7 +85,7 @@ def test_a_body_that_is_no_form_is_refused(api):
 def test_a_file_that_is_too_large_is_refused_by_its_announcement_or_on_the_way(api):
     large = b"x" * (api.settings.gateway.max_file_bytes + 1)
     refused = api.post("/v1/files", files={"file": ("rows.jsonl", large)}, data={"purpose": "fine-tune"})
-    assert_error(refused, 413, None, "larger than")
+    assert_error(refused, 413, None, "larger than 3 MB")
     taken = 0
 
     def endless():

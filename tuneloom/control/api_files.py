@@ -11,7 +11,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tuneloom.control import files, repeat
-from tuneloom.control.body import Body, Form, Part, digest, identify, parse, read_form, read_json, retry_count
+from tuneloom.control.body import (
+    Body,
+    Form,
+    Part,
+    digest,
+    identify,
+    parse,
+    read_form,
+    read_json,
+    retry_count,
+    size_text,
+)
 from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
 from tuneloom.control.pages import read_page
 from tuneloom.control.retry import retry
@@ -163,7 +174,7 @@ class FilesApi:
     def _create_upload(self, request: Request, owner: str, raw: bytes) -> dict[str, Any]:
         body = parse(CreateUpload, raw)
         if body.bytes > self._limits.max_upload_bytes:
-            raise TooLarge(f"An upload may have {self._limits.max_upload_bytes:,} bytes.", param="bytes")
+            raise TooLarge(f"An upload may have {size_text(self._limits.max_upload_bytes)}.", param="bytes")
         filename = files.clean_filename(body.filename)
         purpose = files.check_purpose(body.purpose, filename)
         after = body.expires_after

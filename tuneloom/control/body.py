@@ -35,7 +35,7 @@ class Body(BaseModel):
 async def read_json(request: Request, limit: int) -> bytes:
     """The raw body. Raises TooLarge as soon as it is over `limit` bytes, without reading on."""
     data = bytearray()
-    async for chunk in _limited(request, limit, f"The body is larger than {limit:,} bytes."):
+    async for chunk in _limited(request, limit, f"The body is larger than {size_text(limit)}."):
         data += chunk
     return bytes(data)
 
@@ -150,7 +150,7 @@ async def read_form(request: Request, limit: int, *, max_files: int = 1) -> Asyn
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         raise InvalidRequest("Send this request as `multipart/form-data`.")
-    message = f"The file is larger than {limit:,} bytes, the most that is accepted."
+    message = f"The file is larger than {size_text(limit)}, the most that is accepted in one request."
     stream = _limited(request, limit + FORM_OVERHEAD_BYTES, message)
     parser = MultiPartParser(request.headers, stream, max_files=max_files, max_fields=32, max_part_size=MAX_FIELD_BYTES)
     try:
@@ -184,6 +184,12 @@ def identify(request: Request, owner: str, body_sha256: str) -> repeat.Request:
 def retry_count(request: Request) -> int:
     text = request.headers.get("x-stainless-retry-count", "0")
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 4 else 0
+
+
+def size_text(size_bytes: int) -> str:
+    """A size for people: `512 MB` where it is whole megabytes, else bytes."""
+    megabytes, rest = divmod(size_bytes, 1 << 20)
+    return f"{megabytes:,} MB" if megabytes and not rest else f"{size_bytes:,} bytes"
 
 
 def digest(*parts: str | bytes) -> str:

@@ -40,11 +40,12 @@ class Problem(BaseModel):
 
 
 class CheckReport(BaseModel):
-    """What the check found, as the process prints it."""
+    """What the check found, as the process prints it. `problems` may be the first of `problem_count`."""
 
     ok: bool
     error: JobError | None = None
     problems: list[Problem] = []
+    problem_count: int = 0
     rows: int = 0
     tokens: int = 0
     warnings: list[str] = []

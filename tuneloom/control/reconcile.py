@@ -134,7 +134,7 @@ class Reconciler:
             history.line(problem.text, "error", {"param": problem.param, "line": problem.line})
             for problem in report.problems[:MAX_PROBLEM_EVENTS]
         ]
-        unsaid = len(report.problems) - len(lines)
+        unsaid = max(report.problem_count, len(report.problems)) - len(lines)
         if unsaid > 0:
             lines.append(history.line(f"{unsaid} more problems are not listed", "error"))
         lines.append(history.line(f"The job failed: {error.message}", "error"))
@@ -414,7 +414,7 @@ def _has_started(job: Job, progress: Progress) -> bool:
 def _summary(report: CheckReport) -> JobError:
     """The report's error with its first lines in the message."""
     error = report.error or JobError(code="invalid_training_file", message="The files are not valid.")
-    first = [problem.text for problem in report.problems[:PROBLEMS_IN_MESSAGE]]
+    first = [problem.text.rstrip(".") for problem in report.problems[:PROBLEMS_IN_MESSAGE]]
     unsaid = [text for text in first if text not in error.message]
     if not unsaid:
         return error
