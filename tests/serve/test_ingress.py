@@ -435,9 +435,8 @@ async def test_an_answer_that_the_model_failed_on_is_an_error(service: Service, 
             pass
 
 
-def test_the_ingress_imports_neither_torch_nor_ray() -> None:
-    code = (
-        "import sys, tuneloom.serve.ingress as i, tuneloom.serve.app as a; print({'torch', 'ray'} & set(sys.modules))"
-    )
+def test_the_ingress_imports_neither_torch_nor_transformers_nor_ray() -> None:
+    heavy = "{'torch', 'transformers', 'ray'}"
+    code = f"import sys, tuneloom.serve.ingress, tuneloom.serve.app; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "set()"

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.serve.conftest import eventually
 from tuneloom.config import EngineSettings
 from tuneloom.engine.base import EngineStats, SequenceOutput, SequenceRequest, TokenOutput
 from tuneloom.engine.text import Codec
-from tuneloom.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from tuneloom.errors import ContextLengthExceeded, InvalidRequest, Overloaded, TuneloomError
 from tuneloom.generation import (
     ChatPrompt,
     Delta,
@@ -27,10 +27,12 @@ from tuneloom.generation import (
     TextPrompt,
     TokenPrompt,
 )
+from tuneloom.serve.callers import Callers
 from tuneloom.serve.replica import Replica, engine_config
 from tuneloom.store.base import BlobNotFound
 
 pytestmark = pytest.mark.anyio
+ALIVE = {"gateway-1"}
 HI = ChatPrompt(({"role": "user", "content": "hello"},))
 
 
@@ -74,7 +76,8 @@ def codec(tiny_base: Path) -> Codec:
 
 
 def make_replica(engine: Any, codec: Codec, *, context_length: int = 64, max_parallel: int = 8) -> Replica:
-    return Replica(engine, codec, context_length=context_length, max_parallel=max_parallel)
+    callers = Callers(lambda name: name in ALIVE, every_s=0.05)
+    return Replica(engine, codec, callers, context_length=context_length, max_parallel=max_parallel)
 
 
 def make_request(*prompts: Prompt, echo: bool = False, **params: Any) -> GenerationRequest:
@@ -84,7 +87,11 @@ def make_request(*prompts: Prompt, echo: bool = False, **params: Any) -> Generat
 
 
 async def run(replica: Replica, request: GenerationRequest) -> list[Frame]:
-    async with aclosing(replica.generate(request)) as stream:
+    return await collect(replica.generate(request))
+
+
+async def collect(frames: AsyncGenerator[Frame, None]) -> list[Frame]:
+    async with aclosing(frames) as stream:
         return [frame async for frame in stream]
 
 
@@ -272,6 +279,16 @@ async def test_an_engine_that_has_work_and_does_not_step_is_unhealthy(
     await replica.check_health()
 
 
+async def test_the_work_of_a_caller_that_died_is_abandoned_and_no_other(codec: Codec) -> None:
+    engine = ScriptedEngine(codec, "word " * 100, pause_s=0.01)
+    replica = make_replica(engine, codec)
+    of_living = asyncio.create_task(collect(replica.generate(make_request(), "gateway-1")))
+    with pytest.raises(TuneloomError, match="caller of this request is gone"):
+        await collect(replica.generate(make_request(), "gateway-2"))
+    assert engine.running == 1
+    assert text(await of_living)
+
+
 async def test_requests_of_one_id_do_not_meet(codec: Codec) -> None:
     engine = ScriptedEngine(codec, "yes", pause_s=0.01)
     replica = make_replica(engine, codec)
@@ -299,7 +316,7 @@ async def real(tiny_base: Path, tiny_adapters: list[Path], tmp_path: Path, codec
     fetch = functools.partial(fetch_adapter, blobs, cache=tmp_path / "cache")
     engine = LocalEngine(tiny_base, engine_config(settings), fetch)
     await engine.start()
-    yield Replica(engine, codec, context_length=engine.max_length, max_parallel=8), refs
+    yield make_replica(engine, codec, context_length=engine.max_length), refs
     await engine.close()
 
 

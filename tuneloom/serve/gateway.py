@@ -8,7 +8,7 @@ from typing import Any
 
 import anyio.to_thread
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
 from starlette.applications import Starlette
 
@@ -17,11 +17,15 @@ from tuneloom.engine.base import EngineStats
 from tuneloom.errors import Overloaded, TuneloomError
 from tuneloom.generation import Frame, GenerationRequest
 from tuneloom.serve.app import CONTROL_APP, base_app
+from tuneloom.serve.callers import own_name
 from tuneloom.serve.ingress import Context, make_app
 from tuneloom.serve.upstream import RETRY_AFTER_S, Bases, ReplicaLost
 from tuneloom.store import open_store
 
 logger = logging.getLogger(__name__)
+
+# A replica's death, as it shows to those who wait for it.
+DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 
 
 class Gateway:
@@ -45,15 +49,16 @@ class Gateway:
 class ServeBase:
     """A base by its Serve application. The handle is found at the first use and kept; it follows its replicas."""
 
-    def __init__(self, base_id: str) -> None:
+    def __init__(self, base_id: str, caller: str) -> None:
         self._base_id = base_id
+        self._caller = caller
         self._handle: Any = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Frame, None]:
         handle = await self._find()
         # A bare base carries no affinity: with one, all its traffic would stick to a single replica.
         affinity = {"session_id": request.adapter.sha256} if request.adapter else {}
-        response = handle.options(stream=True, **affinity).generate.remote(request)
+        response = handle.options(stream=True, **affinity).generate.remote(request, self._caller)
         is_open = True
         try:
             async for frame in response:
@@ -93,7 +98,8 @@ class ServeBase:
 def serve_bases() -> Bases:
     """Bases by id, one handle each for the life of the process."""
     known: dict[str, ServeBase] = {}
-    return lambda base_id: known.setdefault(base_id, ServeBase(base_id))
+    caller = own_name()
+    return lambda base_id: known.setdefault(base_id, ServeBase(base_id, caller))
 
 
 def as_our_error(error: BaseException, base_id: str) -> TuneloomError:
@@ -103,13 +109,13 @@ def as_our_error(error: BaseException, base_id: str) -> TuneloomError:
         cause = error.cause
         if isinstance(cause, TuneloomError):
             return cause
-        if isinstance(cause, RayActorError | WorkerCrashedError):
+        if isinstance(cause, DEATHS):
             return _lost(base_id)
         logger.error("the replica of %s failed: %s", base_id, error)
         return TuneloomError(f"The base `{base_id}` failed on this request. Send it again.")
     if isinstance(error, BackPressureError):
         return Overloaded(f"Too many requests wait for the base `{base_id}`. Try again later.", retry_after_s=1.0)
-    if isinstance(error, RayActorError | WorkerCrashedError | ReplicaUnavailableError):
+    if isinstance(error, DEATHS):
         return _lost(base_id)
     logger.error("the base %s cannot be reached: %s", base_id, error)
     return Overloaded(f"The base `{base_id}` cannot be reached. Try again later.", retry_after_s=RETRY_AFTER_S)

@@ -15,6 +15,7 @@ import anyio.to_thread
 from tuneloom.engine.base import Engine, EngineStats
 from tuneloom.errors import ContextLengthExceeded, InvalidRequest
 from tuneloom.generation import ChatPrompt, Frame, GenerationRequest, Prompt, TextPrompt, TokenPrompt
+from tuneloom.serve.callers import Callers, is_replica_alive
 from tuneloom.serve.run import Encoded, Run
 
 if TYPE_CHECKING:
@@ -29,26 +30,33 @@ STUCK_S = 90.0
 class Replica:
     """Generations on one engine. `max_parallel`: choices of one request that run at once; the rest wait their turn."""
 
-    def __init__(self, engine: Engine, codec: "Codec", *, context_length: int, max_parallel: int) -> None:
+    def __init__(
+        self, engine: Engine, codec: "Codec", callers: Callers, *, context_length: int, max_parallel: int
+    ) -> None:
         self._engine = engine
         self._codec = codec
+        self._callers = callers
         self._context_length = context_length
         self._max_parallel = max_parallel
         self._numbers = itertools.count()
         self._num_open = 0
         self._progress = (0, time.monotonic())
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Frame, None]:
-        """The frames of one request. What is wrong with it is raised before `Started`. Closing aborts all of it."""
+    async def generate(self, request: GenerationRequest, caller: str = "") -> AsyncGenerator[Frame, None]:
+        """The frames of one request. What is wrong with it is raised before `Started`. Closing aborts all of it.
+
+        So does the death of `caller`, the name of the replica that asks, if it is one.
+        """
         encoded = await anyio.to_thread.run_sync(self._encode, request)
         # A request id comes from a client and may repeat; a sequence needs an id that no other has.
         name = f"{next(self._numbers)}-{request.id}"
         run = Run(self._engine, self._codec, request, encoded, name=name, max_parallel=self._max_parallel)
         self._num_open += 1
         try:
-            async with aclosing(run.frames()) as frames:
-                async for frame in frames:
-                    yield frame
+            with self._callers.working(caller, run.abandon):
+                async with aclosing(run.frames()) as frames:
+                    async for frame in frames:
+                        yield frame
         finally:
             self._num_open -= 1
 
@@ -134,7 +142,13 @@ class Base(Replica):
         fetch = functools.partial(fetch_adapter, open_blobs(tree.blobs), cache=tree.home / "cache" / "adapters")
         engine = LocalEngine(base.path, engine_config(options), fetch)
         await engine.start()
-        super().__init__(engine, codec, context_length=engine.max_length, max_parallel=options.max_sequences)
+        super().__init__(
+            engine,
+            codec,
+            Callers(is_replica_alive),
+            context_length=engine.max_length,
+            max_parallel=options.max_sequences,
+        )
         self._is_started = True
 
     async def __del__(self) -> None:

@@ -111,14 +111,21 @@ class Run:
         if self._error is not None:
             raise self._error
 
+    def abandon(self) -> None:
+        """End it: nobody reads the frames any more."""
+        self._fail(TuneloomError("The caller of this request is gone."))
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+        self._news.set()
+
     async def _choose(self, index: int, prompt: Encoded) -> None:
         try:
             async with self._turns:
                 await self._sample_in_turn(index, prompt)
         except Exception as error:
-            if self._error is None:
-                self._error = error
-            self._news.set()
+            self._fail(error)
 
     async def _sample_in_turn(self, index: int, prompt: Encoded) -> None:
         """Generate one choice. Once others of the request have text, it waits for room instead of being refused."""
