@@ -20,6 +20,7 @@ import yaml
 
 from tuneloom import bases, cluster, config, up
 from tuneloom.cluster import ClusterError, ClusterState
+from tuneloom.serve.guard import PROXY_ENVIRONMENT
 
 BASE = "tiny/llama"
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -158,6 +159,7 @@ def test_the_clusters_environment_has_nothing_of_the_callers_ray(tmp_path: Path,
     assert environment["RAY_ADDRESS"] == "10.0.0.1:20001"
     assert environment["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:20002"
     assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment.items() >= PROXY_ENVIRONMENT.items()
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 

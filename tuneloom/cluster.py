@@ -291,9 +291,12 @@ def num_cpus(settings: Settings) -> int:
 
 def _environment(home: Path, state: ClusterState) -> dict[str, str]:
     """The environment of every process of the cluster. Ray settings of the caller's shell mean other clusters."""
+    from tuneloom.serve.guard import PROXY_ENVIRONMENT
+
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNELOOM_"))}
     return inherited | {
         **client_environment(home, state),
+        **PROXY_ENVIRONMENT,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         MARKER: state.id,
