@@ -72,6 +72,18 @@ def test_versions_are_activated_and_rolled_back(api):
     assert [model["id"] for model in api.get(OURS).json()["data"]] == ["bot"]
 
 
+def test_a_retried_rollback_goes_back_once(api):
+    for _ in range(3):
+        add_version(api.store)
+    api.post(f"{OURS}/bot/activate", json={"version": 3})
+    answers = [
+        api.post(f"{OURS}/bot/rollback", headers={"x-stainless-retry-count": str(retry)}).json()["active"]
+        for retry in (0, 1, 2)
+    ]
+    assert answers == [2, 2, 2]
+    assert api.post(f"{OURS}/bot/rollback").json()["active"] == 1
+
+
 @pytest.fixture
 def with_base(api, tiny_base):
     bases.add_folder(api.settings.bases_dir, tiny_base, BASE)

@@ -267,6 +267,7 @@ def test_a_cancelled_job_stays_cancelled_though_its_trainer_has_published(world)
     world.tick(3)
     assert (world.job(job.id).state, world.job(job.id).attempt_open) == ("cancelled", False)
     assert world.store.records.versions.query() == []
+    assert world.store.blobs.list(f"jobs/{job.id}/a1") == []
 
 
 def test_a_cancelled_job_whose_process_goes_on_is_stopped_after_a_grace(world):

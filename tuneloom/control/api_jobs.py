@@ -3,16 +3,16 @@
 import random
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, StringConstraints
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tuneloom.control import files, jobs, models, repeat
-from tuneloom.control.body import Body, HyperparametersBody, digest, identify, parse, read_json, retry_count
+from tuneloom.control.body import digest, identify, parse, read_json, retry_count
 from tuneloom.control.context import ApiContext, caller, in_thread, query_int
+from tuneloom.control.job_body import CreateJob, check_supported, hyperparameters_of
 from tuneloom.control.jobs import History, JobEvent
 from tuneloom.control.pages import read_page
 from tuneloom.control.retry import retry
@@ -20,7 +20,6 @@ from tuneloom.domain import (
     Checkpoint,
     Event,
     File,
-    Hyperparameters,
     Job,
     JobSpec,
     JobState,
@@ -33,33 +32,6 @@ from tuneloom.domain import (
 from tuneloom.errors import Conflict, InvalidFile, InvalidRequest, ModelNotFound, NotFound, UnsupportedParameter
 from tuneloom.store.base import Write
 from tuneloom.store.records import Stored, Table
-
-Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-Text = Annotated[str, StringConstraints(max_length=512)]
-
-
-class SupervisedBody(Body):
-    hyperparameters: HyperparametersBody | None = None
-
-
-class MethodBody(Body):
-    type: Literal["supervised", "dpo", "reinforcement"]
-    supervised: SupervisedBody | None = None
-    dpo: dict[str, Any] | None = None
-    reinforcement: dict[str, Any] | None = None
-
-
-class CreateJob(Body):
-    model: str
-    training_file: str
-    validation_file: str | None = None
-    suffix: str | None = None
-    seed: int | None = Field(None, ge=0, le=2**31 - 1)
-    method: MethodBody | None = None
-    hyperparameters: HyperparametersBody | None = None
-    integrations: list[Any] | None = None
-    metadata: dict[Key, Text] | None = Field(None, max_length=16)
-    tuneloom: TrainOptions | None = None
 
 
 class JobsApi:
@@ -94,14 +66,14 @@ class JobsApi:
 
     def _create(self, request: Request, owner: str, raw: bytes) -> Job:
         body = parse(CreateJob, raw)
-        _check_supported(body)
+        check_supported(body)
         spec = JobSpec(
             base=self._base_of(owner, body.model),
             training_file=body.training_file,
             validation_file=body.validation_file or None,
             suffix=self._check_suffix(body.suffix),
             seed=random.SystemRandom().randrange(2**31) if body.seed is None else body.seed,
-            hyperparameters=_hyperparameters(body),
+            hyperparameters=hyperparameters_of(body),
             options=self._check_options(body),
             metadata=body.metadata,
         )
@@ -342,35 +314,6 @@ def show_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "step_number": checkpoint.step,
         "metrics": {"step": checkpoint.step, **checkpoint.metrics},
     }
-
-
-def _check_supported(body: CreateJob) -> None:
-    """Refuse by name what the API knows and we cannot do."""
-    method = body.method
-    if method is not None and method.type != "supervised":
-        raise UnsupportedParameter(
-            f"The method `{method.type}` is not supported. Use `supervised`.", param="method.type"
-        )
-    for other in ("dpo", "reinforcement"):
-        if method is not None and getattr(method, other) is not None:
-            raise InvalidRequest(f"`method.{other}` does not go with the type `supervised`.", param=f"method.{other}")
-    if body.integrations:
-        raise UnsupportedParameter(
-            "`integrations` are not supported. Leave the field out; metrics are in the job's events and result file.",
-            param="integrations",
-        )
-
-
-def _hyperparameters(body: CreateJob) -> Hyperparameters:
-    """From `method.supervised`, or the older field; both may come if they agree."""
-    method = body.method.supervised.hyperparameters if body.method and body.method.supervised else None
-    if method is not None and body.hyperparameters is not None and method != body.hyperparameters:
-        raise InvalidRequest(
-            "`hyperparameters` and `method.supervised.hyperparameters` differ. Give one of them.",
-            param="hyperparameters",
-        )
-    chosen = method or body.hyperparameters or HyperparametersBody()
-    return Hyperparameters.model_validate(chosen.model_dump())
 
 
 def _seconds(at: float | None) -> int | None:

@@ -136,8 +136,17 @@ class ModelsApi:
 
     async def rollback(self, request: Request) -> Response:
         owner, name = caller(request, "training").owner, request.path_params["name"]
-        await in_thread(models.rollback, self._records, owner, name)
+        await in_thread(self._rollback, request, owner, name)
         return JSONResponse(await in_thread(self._show, owner, name))
+
+    def _rollback(self, request: Request, owner: str, name: str) -> None:
+        """Not a create, but as unsafe to repeat as one: a retry must not go back twice."""
+
+        def make() -> tuple[str, None, list[Write]]:
+            model, writes = models.draft_rollback(self._records, owner, name)
+            return model.id, None, writes
+
+        repeat.create_once(self._records, identify(request, owner, digest(name)), make, lambda _: None)
 
     async def import_adapter(self, request: Request) -> Response:
         owner = caller(request, "training").owner

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -72,7 +72,9 @@ def _explain(first: ErrorDetails) -> InvalidRequest:
     return wrong(f"Invalid `{param}`: {message[0].lower()}{message[1:].rstrip('.')}.", param=param)
 
 
-def _auto_or(kind: type[int] | type[float], low: float, high: float, said: str) -> BeforeValidator:
+def auto_or(kind: type[int] | type[float], low: float, high: float, said: str) -> BeforeValidator:
+    """A validator for `auto` or a number of `kind` from `low` to `high`; `said` tells people which."""
+
     def check(value: Any) -> Any:
         if value == "auto":
             return value
@@ -85,16 +87,6 @@ def _auto_or(kind: type[int] | type[float], low: float, high: float, said: str) 
         return value
 
     return BeforeValidator(check)
-
-
-class HyperparametersBody(Body):
-    """OpenAI's three settings within OpenAI's bounds."""
-
-    n_epochs: Annotated[int | Literal["auto"], _auto_or(int, 1, 50, "a whole number from 1 to 50")] = "auto"
-    batch_size: Annotated[int | Literal["auto"], _auto_or(int, 1, 256, "a whole number from 1 to 256")] = "auto"
-    learning_rate_multiplier: Annotated[
-        float | Literal["auto"], _auto_or(float, 1e-6, 1e4, "a number above 0, at most 10000")
-    ] = "auto"
 
 
 @dataclass(frozen=True)

@@ -182,13 +182,8 @@ def activate(records: Records, owner: str, name: str, number: int) -> Model:
     """
 
     def once() -> Model:
-        stored = get_model(records, owner, name)
-        version = records.versions.find(version_id(owner, name, number))
-        if version is None:
-            raise ModelNotFound.named(f"{name}@v{number}")
-        model = stored.value.model_copy(update={"active": number})
-        # The Version is written too, unchanged: deleting it at the same moment then conflicts.
-        records.commit(records.models.replace(stored, model), records.versions.replace(version, version.value))
+        model, writes = _draft_activation(records, owner, name, number)
+        records.commit(*writes)
         return model
 
     return retry(once)
@@ -200,11 +195,22 @@ def rollback(records: Records, owner: str, name: str) -> Model:
     Raises:
         Conflict: there is none.
     """
-    model = get_model(records, owner, name).value
-    lower = [v.number for v in list_versions(records, owner, name) if model.active and v.number < model.active]
+
+    def once() -> Model:
+        model, writes = draft_rollback(records, owner, name)
+        records.commit(*writes)
+        return model
+
+    return retry(once)
+
+
+def draft_rollback(records: Records, owner: str, name: str) -> tuple[Model, list[Write]]:
+    """The Model one Version back, and the writes that make it so."""
+    active = get_model(records, owner, name).value.active or 0
+    lower = [version.number for version in list_versions(records, owner, name) if version.number < active]
     if not lower:
         raise Conflict(f"The model `{name}` has no version before the active one.", code="no_earlier_version")
-    return activate(records, owner, name, max(lower))
+    return _draft_activation(records, owner, name, max(lower))
 
 
 def delete(store: Store, owner: str, name: str) -> None:
@@ -269,6 +275,16 @@ def draft_import(
         suffix=name,
         at=time.time(),
     )
+
+
+def _draft_activation(records: Records, owner: str, name: str, number: int) -> tuple[Model, list[Write]]:
+    stored = get_model(records, owner, name)
+    version = records.versions.find(version_id(owner, name, number))
+    if version is None:
+        raise ModelNotFound.named(f"{name}@v{number}")
+    model = stored.value.model_copy(update={"active": number})
+    # The Version is written too, unchanged: deleting it at the same moment then conflicts.
+    return model, [records.models.replace(stored, model), records.versions.replace(version, version.value)]
 
 
 def _delete_records(records: Records, owner: str, name: str, prefixes: list[str]) -> None:

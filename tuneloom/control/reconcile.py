@@ -8,19 +8,18 @@ Every commit that ends an attempt also rewrites its Progress, the trainer's fenc
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 from tuneloom.config import TrainSettings
-from tuneloom.control import jobs, models
-from tuneloom.control.check import Checker, CheckReport
+from tuneloom.control import jobs
+from tuneloom.control.admission import Admission
+from tuneloom.control.check import Checker
 from tuneloom.control.jobs import History, apply
 from tuneloom.control.launcher import Launcher, LauncherUnavailable, Observation
-from tuneloom.control.results import write_results
-from tuneloom.domain import Event, Job, JobError, Progress, ft_name, short_id
-from tuneloom.errors import InvalidRequest
+from tuneloom.control.registration import Registrar
+from tuneloom.control.writer import JobWriter
+from tuneloom.domain import Event, Job, JobError, Progress
 from tuneloom.store import Store
-from tuneloom.store.artifacts import Manifest, read_manifest
-from tuneloom.store.base import BlobCorrupt, StoreConflict, Write
+from tuneloom.store.base import StoreConflict, Write
 from tuneloom.store.records import Stored
 
 logger = logging.getLogger(__name__)
@@ -30,9 +29,6 @@ COPY_INTERVAL_S = 3.0
 GRACE_S = 45.0
 STOP_INTERVAL_S = 10.0
 FORCE_S = 60.0
-MAX_PROBLEM_EVENTS = 100
-MAX_WARNING_EVENTS = 20
-PROBLEMS_IN_MESSAGE = 3
 
 
 class Reconciler:
@@ -51,12 +47,13 @@ class Reconciler:
         self._store = store
         self._records = store.records
         self._launcher = launcher
-        self._checker = checker
         self._settings = settings
         self._clock = clock
         self._observe_every_s = observe_every_s
+        self._writer = JobWriter(store.records, clock)
+        self._admission = Admission(checker, self._writer, clock)
+        self._registrar = Registrar(store, self._writer, clock)
         # Memory that only spares work or delays force; losing it changes no outcome.
-        self._checking: set[str] = set()
         self._open = 0
         self._alive_until: dict[str, float] = {}
         self._copied_at: dict[str, float] = {}
@@ -90,9 +87,7 @@ class Reconciler:
 
     def _forget(self, pending: list[Stored[Job]]) -> None:
         """Drop checks and notes of jobs that moved on."""
-        for job_id in self._checking - {s.value.id for s in pending if s.value.state == "validating_files"}:
-            self._checker.forget(job_id)
-            self._checking.discard(job_id)
+        self._admission.keep_only(s.value.id for s in pending if s.value.state == "validating_files")
         handles = {stored.value.submission_id for stored in pending}
         for notes in (self._alive_until, self._overdue_since, self._stopped_at, self._copied_at):
             for handle in notes.keys() - handles:
@@ -105,40 +100,9 @@ class Reconciler:
         elif job.attempt_open:
             self._watch(stored)
         elif job.state == "validating_files":
-            self._check(stored)
+            self._admission.step(stored)
         else:
             self._start(stored)
-
-    # Checking files
-
-    def _check(self, stored: Stored[Job]) -> None:
-        job = stored.value
-        self._checking.add(job.id)
-        report = self._checker.check(job.id)
-        if report is None:
-            return
-        self._checking.discard(job.id)
-        if not report.ok:
-            self._reject(stored, report)
-            return
-        history = History(job, self._clock())
-        lines = [history.line(warning, "warn") for warning in report.warnings[:MAX_WARNING_EVENTS]]
-        lines.append(history.line("Files validated, moving job to queued state"))
-        self._commit(stored, apply(job, jobs.FilesAccepted()), lines)
-
-    def _reject(self, stored: Stored[Job], report: CheckReport) -> None:
-        job, now = stored.value, self._clock()
-        history = History(job, now)
-        error = _summary(report)
-        lines = [
-            history.line(problem.text, "error", {"param": problem.param, "line": problem.line})
-            for problem in report.problems[:MAX_PROBLEM_EVENTS]
-        ]
-        unsaid = max(report.problem_count, len(report.problems)) - len(lines)
-        if unsaid > 0:
-            lines.append(history.line(f"{unsaid} more problems are not listed", "error"))
-        lines.append(history.line(f"The job failed: {error.message}", "error"))
-        self._commit(stored, apply(job, jobs.Failed(now, error)), lines)
 
     # Starting an attempt
 
@@ -150,7 +114,7 @@ class Reconciler:
         if self._open >= self._settings.max_running:
             return
         launched = apply(job, jobs.Launched(now))
-        self._commit(stored, launched, [], _new_fence(self._store, progress, launched, now))
+        self._writer.commit(stored, launched, [], _new_fence(self._store, progress, launched, now))
         self._open += 1
         self._launcher.launch(launched)
         logger.info("attempt launched: %s", launched.submission_id)
@@ -185,10 +149,10 @@ class Reconciler:
             return False
         match progress.value.outcome:
             case "published":
-                self._register(stored)
+                self._registrar.register(stored)
             case "failed":
                 error = progress.value.error or JobError(code="training_failed", message="Training failed.")
-                self._fail(stored, error)
+                self._writer.fail(stored, error)
             case _:
                 return False
         return True
@@ -199,7 +163,7 @@ class Reconciler:
         if seen is not None and seen.is_alive:
             self._press(job)
         elif seen is not None or _is_by_hand(job) or self._is_silent(progress.value):
-            self._commit(stored, apply(job, jobs.Yielded()), [], self._fence(progress))
+            self._writer.commit(stored, apply(job, jobs.Yielded()), [], self._fence(progress))
 
     def _judge_by_heartbeat(self, stored: Stored[Job], progress: Stored[Progress]) -> None:
         """Nobody can tell about the process. Before the first heartbeat, a launcher that is down proves nothing."""
@@ -244,7 +208,7 @@ class Reconciler:
         )
         if after != job:
             self._copied_at[job.submission_id] = now
-            self._commit(stored, after, lines)
+            self._writer.commit(stored, after, lines)
 
     def _lose(self, stored: Stored[Job], progress: Stored[Progress] | None, reason: str) -> None:
         job, now = stored.value, self._clock()
@@ -258,64 +222,14 @@ class Reconciler:
                 "Create the job again to try once more.",
             )
             lines = [History(job, now).line(f"The job failed: {error.message}", "error")]
-            self._commit(stored, apply(lost, jobs.Failed(now, error)), lines, fence)
+            self._writer.commit(stored, apply(lost, jobs.Failed(now, error)), lines, fence)
             return
         saved = self._records.checkpoints.query({"job_id": job.id}, order_by="step", descending=True, limit=1)
         step = saved[0].value.step if saved else 0
         text = f"Attempt {job.attempt} was lost; resuming from step {step}"
-        self._commit(stored, lost, [History(job, now).line(text, "warn", {"reason": reason[:1000]})], fence)
+        self._writer.commit(stored, lost, [History(job, now).line(text, "warn", {"reason": reason[:1000]})], fence)
 
     # Ending
-
-    def _register(self, stored: Stored[Job]) -> None:
-        """Make the Version and end the job, in one commit. Done before, it is only told again."""
-        job, now = stored.value, self._clock()
-        try:
-            manifest = read_manifest(self._store.blobs, job.artifacts)
-        except BlobCorrupt:
-            manifest = None
-        if manifest is None or (manifest.job_id, manifest.base) != (job.id, job.spec.base):
-            self._fail(stored, JobError(code="publish_failed", message="The trained adapter was not stored whole."))
-            return
-        done = self._records.registrations.find(job.id)
-        if done is not None:
-            name = ft_name(job.spec.base, job.owner, job.spec.suffix, short_id(job.id))
-            self._succeed(stored, manifest, name, done.value.version_id, job.result_files, ())
-            return
-        try:
-            addition = models.register(self._records, job, manifest, now)
-        except InvalidRequest as error:
-            self._fail(stored, JobError(code=error.code or "publish_failed", message=error.message, param=error.param))
-            return
-        results = write_results(self._store, job, now)
-        writes = (*addition.writes, self._records.files.create(results))
-        version = addition.version
-        self._succeed(stored, manifest, version.ft_name, version.id, (results.id,), writes)
-
-    def _succeed(
-        self,
-        stored: Stored[Job],
-        manifest: Manifest,
-        name: str,
-        version_id: str,
-        result_files: tuple[str, ...],
-        writes: tuple[Write, ...],
-    ) -> None:
-        job, now = stored.value, self._clock()
-        published = jobs.Published(now, name, version_id, result_files, manifest.trained_tokens, manifest.resolved)
-        history = History(job, now)
-        lines = [
-            history.line(f"New fine-tuned model created: {name}"),
-            history.line("The job has successfully completed"),
-        ]
-        self._commit(stored, apply(job, published), lines, writes)
-        logger.info("job succeeded: %s as %s", job.id, version_id)
-
-    def _fail(self, stored: Stored[Job], error: JobError) -> None:
-        job, now = stored.value, self._clock()
-        line = History(job, now).line(f"The job failed: {error.message}", "error")
-        self._commit(stored, apply(job, jobs.Failed(now, error)), [line])
-        logger.info("job failed: %s: %s", job.id, error.code)
 
     def _wind_down(self, stored: Stored[Job]) -> None:
         """A job that wants no process, and one that may be alive: let it end, press it after a while, close."""
@@ -328,8 +242,12 @@ class Reconciler:
             said = progress is not None and progress.value.outcome is not None and _is_by_hand(job)
             gone = progress is None or said or self._is_silent(progress.value)
         if gone:
-            self._commit(stored, apply(job, jobs.Closed()), [], [] if progress is None else self._fence(progress))
+            self._writer.commit(
+                stored, apply(job, jobs.Closed()), [], [] if progress is None else self._fence(progress)
+            )
             self._open -= 1
+            if job.is_terminal:
+                self._registrar.drop_rest(job)
         elif seen is not None:
             self._press(job)
 
@@ -375,11 +293,6 @@ class Reconciler:
     def _fence(self, progress: Stored[Progress]) -> list[Write]:
         return [self._records.progress.replace(progress, progress.value.model_copy(update={"stage": "closed"}))]
 
-    def _commit(self, stored: Stored[Job], after: Job, lines: list[Event], writes: Any = ()) -> None:
-        """Write a job with its events and what else changes with it."""
-        events = [self._records.events.create(line) for line in lines]
-        self._records.commit(self._records.jobs.replace(stored, after), *events, *writes)
-
     def _warn_unavailable(self, error: LauncherUnavailable) -> None:
         now = self._clock()
         if now - self._warned_at > 30:
@@ -409,16 +322,6 @@ def _is_by_hand(job: Job) -> bool:
 
 def _has_started(job: Job, progress: Progress) -> bool:
     return progress.stage != LAUNCHING or progress.heartbeat_at > (job.attempt_started_at or 0.0)
-
-
-def _summary(report: CheckReport) -> JobError:
-    """The report's error with its first lines in the message."""
-    error = report.error or JobError(code="invalid_training_file", message="The files are not valid.")
-    first = [problem.text.rstrip(".") for problem in report.problems[:PROBLEMS_IN_MESSAGE]]
-    unsaid = [text for text in first if text not in error.message]
-    if not unsaid:
-        return error
-    return error.model_copy(update={"message": f"{error.message.rstrip()} {'; '.join(unsaid)}"[:2000]})
 
 
 def _clause(reason: str) -> str:
