@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.engine.conftest import GREEDY, OpenCore, ref_of, request
@@ -47,13 +48,26 @@ def test_a_base_of_each_architecture_equals_generate(
     adapter = make_adapter(tmp_path / "adapter", base, seed=5, targets=TARGETS[kind])
     engine = open_core(base, max_step_tokens=24, max_sequences=4)
     chosen = [1, 4, 7, 11, 16]
-    params = replace(GREEDY, max_tokens=12)
+    params = replace(GREEDY, max_tokens=12, logprobs=0)
     for i in chosen:
         engine.core.add(request(f"r{i}", tiny_prompts[i], params=params, adapter=ref_of(adapter) if i % 2 else None))
     engine.run()
     assert not engine.errors
     for i in chosen:
-        assert engine.tokens(f"r{i}") == plain_generate(base, tiny_prompts[i], 12, adapter if i % 2 else None)
+        tokens = engine.tokens(f"r{i}")
+        assert tokens == plain_generate(base, tiny_prompts[i], 12, adapter if i % 2 else None)
+        # A random model may repeat a token whatever it attends to; its probability tells.
+        found = [token.logprob for output in engine.outputs[f"r{i}"] for token in output.tokens]
+        expected = plain_logprobs(base, tiny_prompts[i], tokens, adapter if i % 2 else None)
+        assert found == pytest.approx(expected, abs=2e-4)
+
+
+def plain_logprobs(base: Path, prompt: list[int], tokens: list[int], adapter: Path | None) -> list[float]:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter) if adapter else model
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
 
 
 def make_model(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
