@@ -197,13 +197,12 @@ def test_a_client_that_leaves_frees_its_slots(cluster: Cluster) -> None:
 
 
 def test_a_base_that_is_killed_ends_its_streams_in_an_error_and_comes_back(cluster: Cluster) -> None:
-    seen = 0
+    stream = cluster.client().chat.completions.create(**LONG, stream=True)
+    next(chunk for chunk in stream if chunk.choices[0].delta.content)
+    os.kill(cluster.pid(base_app(BASE)), signal.SIGKILL)
     with pytest.raises(openai.APIError, match="ended in the middle") as caught:
-        for chunk in cluster.client().chat.completions.create(**LONG, stream=True):
-            seen += bool(chunk.choices[0].delta.content)
-            if seen == 1:
-                os.kill(cluster.pid(base_app(BASE)), signal.SIGKILL)
-    assert seen and caught.value.code == "overloaded"
+        list(stream)
+    assert caught.value.code == "overloaded"
     assert eventually(lambda: answers(cluster), RECOVERY_S) < RECOVERY_S
 
 
@@ -219,10 +218,11 @@ def test_a_request_that_is_not_answered_yet_survives_the_death_of_the_base(clust
 
 def test_a_gateway_that_is_killed_comes_back_and_leaves_no_work_behind(cluster: Cluster) -> None:
     killed, before = cluster.pid("gateway"), cluster.stats().tokens_generated
+    stream = cluster.client().chat.completions.create(**LONG, stream=True)
+    next(chunk for chunk in stream if chunk.choices[0].delta.content)
+    os.kill(killed, signal.SIGKILL)
     with pytest.raises((openai.APIError, httpx2.TransportError)):
-        for chunk in cluster.client().chat.completions.create(**LONG, stream=True):
-            if chunk.choices[0].delta.content and cluster.pid("gateway") == killed:
-                os.kill(killed, signal.SIGKILL)
+        list(stream)
     eventually(lambda: cluster.stats().running == 0, 20)
     assert cluster.stats().tokens_generated - before < LONG["n"] * LONG["max_tokens"]
     eventually(lambda: cluster.pid("gateway") != killed, RECOVERY_S)
