@@ -37,7 +37,7 @@ def up(settings: Settings, report: Report, timeout_s: float = READY_TIMEOUT_S) -
     """Bring everything up and return when every base has answered a request.
 
     Raises:
-        ClusterError: it did not come up; then nothing is left running. Its message says where to look.
+        ClusterError: it did not come up; a cluster that was started for it is ended. The message says where to look.
     """
     home = settings.home
     with cluster.exclusive(home):
@@ -45,16 +45,18 @@ def up(settings: Settings, report: Report, timeout_s: float = READY_TIMEOUT_S) -
         if running and running.is_up and cluster.is_whole(home) and _answers(settings, running):
             return Outcome(running, was_running=True, new_key=None)
         prepare_bases(settings, report)
-        state = _own_cluster(settings, report)
+        state, is_new = _own_cluster(settings, report)
         try:
-            key, is_new = ensure_admin_key(settings)
+            key, is_new_key = ensure_admin_key(settings)
             _deploy(settings, state, report)
             _await_answers(settings, state, key, report, time.monotonic() + timeout_s)
         except BaseException:
-            report("stopping what was started")
-            cluster.stop(home)
+            # One that ran before may be training; ending it is for `down`.
+            if is_new:
+                report("stopping what was started")
+                cluster.stop(home)
             raise
-    return Outcome(state, was_running=False, new_key=key if is_new else None)
+    return Outcome(state, was_running=False, new_key=key if is_new_key else None)
 
 
 def prepare_bases(settings: Settings, report: Report) -> None:
@@ -109,17 +111,17 @@ def serve_details(settings: Settings, state: ClusterState) -> dict[str, Any]:
         return client.get("/api/serve/applications/").raise_for_status().json()
 
 
-def _own_cluster(settings: Settings, report: Report) -> ClusterState:
-    """The cluster of this home: the one that runs if it is whole, else a new one."""
+def _own_cluster(settings: Settings, report: Report) -> tuple[ClusterState, bool]:
+    """The cluster of this home, and whether it is new: the one that runs if it is whole, else another."""
     state = cluster.read_state(settings.home)
     if state and state.is_up and cluster.is_whole(settings.home):
-        report("a cluster of this home runs already; bringing its applications up")
-        return state
+        report("the cluster of this home runs; bringing its applications up")
+        return state, False
     if cluster.processes(settings.home):
         report("ending what is left of an earlier cluster")
         cluster.stop(settings.home)
     report("starting a Ray cluster")
-    return cluster.start(settings, report)
+    return cluster.start(settings, report), True
 
 
 def _deploy(settings: Settings, state: ClusterState, report: Report) -> None:

@@ -49,9 +49,11 @@ def add(
 ) -> None:
     """Add a base from a folder or a GGUF file; without SOURCE, fetch the default one."""
     from tuneloom import bases
+    from tuneloom.config import CONFIG_FILE
     from tuneloom.errors import InvalidRequest
 
-    bases_dir = read_settings(context).bases_dir
+    settings = read_settings(context)
+    bases_dir = settings.bases_dir
     if source is None:
         base = bases.fetch_default(bases_dir, typer.echo)
     elif id is None:
@@ -60,9 +62,11 @@ def add(
         base = bases.add_gguf(bases_dir, source, id, progress=typer.echo)
     else:
         base = bases.add_folder(bases_dir, source, id)
-    typer.echo(
-        f"{base.id} is in the catalogue. Bases that are listed in `config.yaml` are served from the next `up` on."
-    )
+    typer.echo(f"{base.id} is in the catalogue")
+    if base.id not in {entry.id for entry in settings.bases}:
+        typer.echo(
+            f"to serve it: list `- id: {base.id}` under `bases:` in {settings.home / CONFIG_FILE}, then down, up"
+        )
 
 
 @app.command()

@@ -86,6 +86,8 @@ def env(
 def _print_status(report: dict) -> None:
     if report["running"]:
         typer.echo(f"running at {report['api_url']}, dashboard {report['dashboard_url']}, {report['memory_mb']:,} MB")
+        if report["problem"]:
+            typer.echo(f"  {report['problem']}")
     else:
         typer.echo("not running" + (f": {report['problem']}" if report["problem"] else ""))
     print_rows(["application", "state"], [[name, state] for name, state in report["applications"].items()])

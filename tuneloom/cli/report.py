@@ -13,6 +13,7 @@ from tuneloom.cluster import ClusterState
 from tuneloom.config import Settings
 from tuneloom.domain import TERMINAL, Job, Progress
 
+READY_TIMEOUT_S = 10.0
 DISK_PARTS = {
     "database": ("tuneloom.db*",),
     "files and adapters": ("blobs",),
@@ -56,10 +57,12 @@ def _live(settings: Settings, state: ClusterState) -> dict[str, Any]:
         return {"problem": f"Ray's dashboard does not answer ({type(error).__name__}). Logs: {state.logs}"}
     shown = {name: up.describe(app) for name, app in sorted(applications.items())}
     try:
-        httpx.get(f"{state.api_url}/healthz", timeout=5.0, trust_env=False).raise_for_status()
-    except httpx.HTTPError as error:
-        return {"applications": shown, "problem": f"the API does not answer yet ({type(error).__name__})"}
-    return {"applications": shown, "running": True}
+        ready = httpx.get(f"{state.api_url}/readyz", timeout=READY_TIMEOUT_S, trust_env=False)
+        failing = ready.json().get("failing", [])
+    except (httpx.HTTPError, ValueError) as error:
+        return {"applications": shown, "problem": f"the API does not answer ({type(error).__name__})"}
+    problem = f"no answer from: {', '.join(failing)}" if failing else None
+    return {"applications": shown, "running": True, "problem": problem}
 
 
 def _bases(settings: Settings, applications: dict[str, str]) -> list[dict[str, Any]]:
