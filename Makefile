@@ -31,7 +31,7 @@ down:
 	@if [ -x $(BIN)/tuneloom ]; then $(BIN)/tuneloom down; else echo "nothing is installed here, so nothing runs"; fi
 
 demo: up
-	$(BIN)/python examples/headlines.py
+	@exports=$$($(BIN)/tuneloom env) && eval "$$exports" && $(BIN)/python -u examples/headlines.py
 
 test: venv
 	$(BIN)/python -m pytest -q
