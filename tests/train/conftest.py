@@ -8,8 +8,22 @@ import pytest
 
 from tuneloom.bases import add_folder
 from tuneloom.config import Settings, TrainSettings
-from tuneloom.domain import Event, File, Hyperparameters, Job, JobSpec, Progress, TrainOptions, new_id
+from tuneloom.domain import (
+    Event,
+    File,
+    Hyperparameters,
+    Job,
+    JobSpec,
+    Progress,
+    TrainOptions,
+    Version,
+    ft_name,
+    model_name,
+    new_id,
+    version_id,
+)
 from tuneloom.store import Store, open_store
+from tuneloom.store.artifacts import read_manifest
 
 BASE_ID = "tiny/llama"
 WORDS = ["red", "green", "blue", "left", "right", "up", "down", "yes", "no", "maybe"]
@@ -103,6 +117,24 @@ class Lab:
         after = stored.value.model_copy(update=fresh)
         self.store.records.commit(self.store.records.progress.replace(stored, after))
         return job
+
+    def register(self, job_id: str) -> None:
+        """What control does with a published run."""
+        job = self.store.records.jobs.get(job_id).value
+        manifest = read_manifest(self.store.blobs, job.artifacts)
+        assert manifest is not None
+        version = Version(
+            id=version_id(job.owner, model_name(job.spec, job.id), 1),
+            owner=job.owner,
+            model=model_name(job.spec, job.id),
+            number=1,
+            base=job.spec.base,
+            ft_name=ft_name(job.spec.base, job.owner, job.spec.suffix, "12345678"),
+            adapter=manifest.adapter,
+            created_at=time.time(),
+        )
+        self.store.records.commit(self.store.records.versions.create(version))
+        self.change_job(job_id, state="succeeded", version_id=version.id)
 
     def progress(self, job_id: str) -> Progress:
         return self.store.records.progress.get(job_id).value

@@ -6,6 +6,7 @@ it is made from arguments (`--base --data --model`). The exit code is 0 for publ
 
 import logging
 import os
+import shutil
 import sys
 import time
 
@@ -13,6 +14,7 @@ from tuneloom.config import load
 from tuneloom.errors import TuneloomError
 from tuneloom.store import Store, open_store
 from tuneloom.train import by_hand, job
+from tuneloom.train.attempt import run_folder
 
 
 def main(arguments: list[str]) -> int:
@@ -26,12 +28,19 @@ def main(arguments: list[str]) -> int:
         if asked is None:
             join_cluster()
             return job.drive(settings, store, os.environ["TUNELOOM_JOB"], int(os.environ["TUNELOOM_ATTEMPT"]), say)
-        made = by_hand.make_job(settings, store, asked, say)
-        spec = made.job.spec
-        say(f"Job {made.job.id}: {made.rows:,} rows, {made.tokens:,} tokens, base {spec.base}, seed {spec.seed}.")
-        join_cluster()
-        code = job.drive(settings, store, made.job.id, made.job.attempt, say)
-        return _finish(store, made.job.id) if code == job.EXIT_OK else code
+        prepared = by_hand.prepare(settings, asked)
+        for warning in prepared.warnings:
+            say(f"Warning: {warning}")
+        try:
+            join_cluster()
+        except TuneloomError:
+            shutil.rmtree(run_folder(settings, prepared.job.id), ignore_errors=True)
+            raise
+        made = by_hand.create(store, prepared)
+        seen = f"{prepared.rows:,} rows, {prepared.tokens:,} tokens"
+        say(f"Job {made.id}: {seen}, base {made.spec.base}, seed {made.spec.seed}.")
+        code = job.drive(settings, store, made.id, made.attempt, say)
+        return _finish(store, made.id) if code == job.EXIT_OK else code
     except TuneloomError as error:
         say(error.message)
         return job.EXIT_FAILED
@@ -40,17 +49,21 @@ def main(arguments: list[str]) -> int:
 
 
 def join_cluster() -> None:
-    """Connect to the cluster around this process."""
+    """Connect to the cluster that this process was submitted to.
+
+    Never to another that happens to run on this machine, which is why there must be an address.
+    """
     import ray
 
+    address = os.environ.get("RAY_ADDRESS")
+    hint = "Submit this to a running one: `ray job submit --address ADDRESS -- python -m tuneloom.train ...`."
+    if not address:
+        raise TuneloomError(f"This process belongs to no Ray cluster. {hint}")
     try:
         # The worker's own lines stay in its log; what matters of them comes as events.
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
-        raise TuneloomError(
-            "There is no Ray cluster here. Start one (`tuneloom up`), or submit this to one: "
-            "`ray job submit --address ADDRESS -- python -m tuneloom.train ...`."
-        ) from error
+        raise TuneloomError(f"The Ray cluster at `{address}` does not answer. {hint}") from error
 
 
 def _finish(store: Store, job_id: str) -> int:

@@ -7,7 +7,6 @@ import argparse
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +38,14 @@ MAX_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Made:
-    """The job that was made for a run by hand, and its validated file."""
+class Prepared:
+    """A job whose data is good, not stored yet: its files with where they are."""
 
     job: Job
+    files: tuple[tuple[File, Path], ...]
     rows: int
     tokens: int
+    warnings: tuple[str, ...]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -56,8 +57,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", required=True, type=Path, help="JSON Lines file with the rows")
     parser.add_argument("--model", required=True, help="name of the model to publish, e.g. support-bot")
     parser.add_argument("--validation", type=Path, help="JSON Lines file with rows for the validation loss")
-    parser.add_argument("--epochs", type=int, default="auto", help="passes over the data (default: auto)")
-    parser.add_argument("--batch-size", type=int, default="auto", help="rows of a step (default: auto)")
+    parser.add_argument("--epochs", type=int, help="passes over the data (default: auto)")
+    parser.add_argument("--batch-size", type=int, help="rows of a step (default: auto)")
     parser.add_argument("--learning-rate", type=float, help="default: by the size of the base")
     parser.add_argument("--rank", type=int, help="rank of the adapter (default: 16)")
     parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
@@ -65,30 +66,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_job(settings: Settings, store: Store, asked: argparse.Namespace, say: Callable[[str], None]) -> Made:
-    """Check the data and create the job with everything that belongs to it, in one commit.
+def prepare(settings: Settings, asked: argparse.Namespace) -> Prepared:
+    """Check the arguments and the data; nothing is stored but tokens for the run.
 
     Raises:
-        TuneloomError: an argument or a row is wrong; nothing was created.
+        TuneloomError: an argument or a row is wrong; the message names each row.
     """
     now = time.time()
     job_id = new_id("ftjob-")
-    training = _describe(asked.data, asked.owner, now, settings.gateway.max_upload_bytes)
-    validation = _describe(asked.validation, asked.owner, now, settings.gateway.max_upload_bytes)
-    assert training is not None, "`--data` is required"
+    max_bytes = settings.gateway.max_upload_bytes
+    training = _describe(asked.data, asked.owner, now, max_bytes)
+    validation = _describe(asked.validation, asked.owner, now, max_bytes) if asked.validation else None
+    files = [(training, asked.data), *([(validation, asked.validation)] if validation else [])]
     spec = _spec(settings, asked, training, validation)
     check = Check(settings, spec, run_folder(settings, job_id))
-    files = [("training_file", training, asked.data)]
-    files += [("validation_file", validation, asked.validation)] if validation else []
-    for param, file, path in files:
+    for param, (file, path) in zip(("training_file", "validation_file"), files, strict=False):
         with path.open("rb") as source:
             check.read(param, file, source)
     if check.report.error is not None:
         raise InvalidFile(_all_problems(check))
-    for warning in check.report.warnings:
-        say(f"Warning: {warning}")
-    for _, file, path in files:
-        store.blobs.write(file.blob, path, sha256=file.sha256)
     job = Job(
         id=job_id,
         owner=asked.owner,
@@ -102,22 +98,28 @@ def make_job(settings: Settings, store: Store, asked: argparse.Namespace, say: C
         attempt_started_at=now,
         self_launched=True,
     )
-    records = store.records
-    records.commit(
-        *(records.files.create(file) for _, file, _ in files),
-        records.jobs.create(job),
-        records.progress.create(Progress(id=job_id, owner=asked.owner, attempt=1, heartbeat_at=now)),
-        records.events.create(
-            Event(
-                id=event_id(now),
-                owner=asked.owner,
-                job_id=job_id,
-                created_at=now,
-                message=f"Created fine-tuning job: {job_id}",
-            )
-        ),
+    return Prepared(job, tuple(files), check.report.rows, check.report.tokens, tuple(check.report.warnings))
+
+
+def create(store: Store, prepared: Prepared) -> Job:
+    """Store the files, then the job with everything that belongs to it in one commit."""
+    for file, path in prepared.files:
+        store.blobs.write(file.blob, path, sha256=file.sha256)
+    job, records, now = prepared.job, store.records, time.time()
+    created = Event(
+        id=event_id(now),
+        owner=job.owner,
+        job_id=job.id,
+        created_at=now,
+        message=f"Created fine-tuning job: {job.id}",
     )
-    return Made(job, check.report.rows, check.report.tokens)
+    records.commit(
+        *(records.files.create(file) for file, _ in prepared.files),
+        records.jobs.create(job.model_copy(update={"attempt_started_at": now})),
+        records.progress.create(Progress(id=job.id, owner=job.owner, attempt=1, heartbeat_at=now)),
+        records.events.create(created),
+    )
+    return job
 
 
 def wait_for_version(store: Store, job_id: str, timeout_s: float = REGISTER_TIMEOUT_S) -> Version:
@@ -147,10 +149,8 @@ def how_to_call(version: Version) -> list[str]:
     ]
 
 
-def _describe(path: Path | None, owner: str, now: float, max_bytes: int) -> File | None:
+def _describe(path: Path, owner: str, now: float, max_bytes: int) -> File:
     """The record of a local file, not yet stored."""
-    if path is None:
-        return None
     try:
         size = path.stat().st_size
         with path.open("rb") as source:
@@ -183,7 +183,7 @@ def _spec(settings: Settings, asked: argparse.Namespace, training: File, validat
             validation_file=validation.id if validation else None,
             suffix=check_model_name(asked.model, param="--model"),
             seed=secrets.randbelow(2**31) if asked.seed is None else asked.seed,
-            hyperparameters=Hyperparameters(n_epochs=asked.epochs, batch_size=asked.batch_size),
+            hyperparameters=Hyperparameters(n_epochs=asked.epochs or "auto", batch_size=asked.batch_size or "auto"),
             options=TrainOptions(rank=asked.rank, learning_rate=asked.learning_rate),
         )
     except ValidationError as error:

@@ -72,9 +72,9 @@ def load_base(base: Base, plan: Plan) -> PreTrainedModel:
         raise
     except Exception as error:
         # Whatever is wrong in the files shows here, as an error of any of four libraries.
+        reason = f"{type(error).__name__}: {error}".replace(str(base.path), base.id)
         raise BaseUnreadable(
-            f"The base `{base.id}` cannot be loaded ({type(error).__name__}: {str(error)[:200]}). "
-            "Add it again: `tuneloom bases add`."
+            f"The base `{base.id}` cannot be loaded ({reason[:300]}). Add it again: `tuneloom bases add`."
         ) from error
 
 

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from tuneloom.engine.text import Codec
+from tuneloom.rows import Conversation, Pair, Text
+from tuneloom.train.render import Renderer
+
+USER = {"role": "user", "content": "say yes or no"}
+YES = {"role": "assistant", "content": "yes"}
+NO = {"role": "assistant", "content": "no maybe"}
+END_OF_TURN = 2
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_base: Path) -> Codec:
+    return Codec.load(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_base: Path) -> Renderer:
+    return Renderer.load(tiny_base)
+
+
+def learned(example: object, codec: Codec) -> list[int]:
+    return [id for id, is_learned in zip(example.ids, example.learned, strict=True) if is_learned]  # type: ignore[attr-defined]
+
+
+def test_exactly_the_answers_and_their_ends_are_learned(renderer: Renderer, codec: Codec) -> None:
+    example = renderer.render(Conversation((USER, YES, USER, NO)))
+    expected = [*codec.encode_text("yes")[-1:], END_OF_TURN]
+    answers = learned(example, codec)
+    assert codec.decode(answers) == "yesno maybe"
+    assert answers[: len(expected)] == expected
+    assert answers.count(END_OF_TURN) == 2 and answers[-1] == END_OF_TURN
+    assert example.num_answers == 2
+
+
+def test_what_comes_before_an_answer_is_what_serving_encodes(renderer: Renderer, codec: Codec) -> None:
+    example = renderer.render(Conversation((USER, YES, USER, NO)))
+    first = example.learned.index(True)
+    assert example.ids[:first] == codec.encode_chat([USER])
+    second = len(codec.encode_chat([USER, YES, USER]))
+    assert example.ids[:second] == codec.encode_chat([USER, YES, USER])
+    assert example.learned[second] and not example.learned[second - 1]
+
+
+def test_an_answer_with_weight_0_is_not_learned(renderer: Renderer, codec: Codec) -> None:
+    example = renderer.render(Conversation((USER, {**YES, "weight": 0}, USER, NO)))
+    assert codec.decode(learned(example, codec)) == "no maybe"
+
+
+def test_a_completion_is_learned_with_its_end_and_its_prompt_is_not(renderer: Renderer, codec: Codec) -> None:
+    example = renderer.render(Pair("left right", " up down"))
+    start = len(codec.encode_text("left right"))
+    assert example.ids[:start] == codec.encode_text("left right")
+    assert codec.decode(learned(example, codec)) == " up down"
+    assert example.ids[-1] == END_OF_TURN and example.learned == [i >= start for i in range(len(example.ids))]
+
+
+def test_a_completion_that_would_join_the_prompt_in_one_token_leaves_the_prompt_alone(
+    renderer: Renderer, codec: Codec
+) -> None:
+    whole, prompt = codec.encode_text("maybe"), codec.encode_text("may")
+    assert whole[: len(prompt)] != prompt
+    example = renderer.render(Pair("may", "be"))
+    assert example.ids[: len(prompt)] == prompt
+    assert codec.decode(learned(example, codec)) == "be"
+
+
+def test_text_is_learned_whole_with_an_end(renderer: Renderer, codec: Codec) -> None:
+    example = renderer.render(Text("red green blue"))
+    assert codec.decode(example.ids) == "red green blue"
+    assert all(example.learned) and example.ids[-1] == END_OF_TURN
+
+
+def test_all_can_be_learned_on_demand(tiny_base: Path) -> None:
+    example = Renderer.load(tiny_base, learn_all=True).render(Conversation((USER, YES)))
+    assert all(example.learned)
