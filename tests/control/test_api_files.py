@@ -1,5 +1,6 @@
 import hashlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -213,3 +214,12 @@ def test_a_part_and_an_upload_have_their_limits(api):
     assert api.post(f"/v1/uploads/{upload}/parts", files={"data": ("part", large)}).status_code == 413
     body = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 9 << 30, "mime_type": "x"}
     assert api.post("/v1/uploads", json=body).status_code == 413
+
+
+def test_parts_may_come_at_once(api):
+    data = [bytes([65 + i]) * 10 for i in range(12)]
+    upload = start_upload(api, 120)
+    with ThreadPoolExecutor(12) as pool:
+        parts = list(pool.map(lambda piece: add_part(api, upload, piece), data))
+    done = api.post(f"/v1/uploads/{upload}/complete", json={"part_ids": parts}).json()
+    assert api.get(f"/v1/files/{done['file']['id']}/content").content == b"".join(data)

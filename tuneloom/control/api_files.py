@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from pydantic import Field
@@ -28,7 +28,7 @@ from tuneloom.control.pages import read_page
 from tuneloom.control.retry import retry
 from tuneloom.domain import File, Upload, UploadPart, new_id
 from tuneloom.errors import InvalidRequest, NotFound, TooLarge
-from tuneloom.store.base import BlobNotFound, StoreConflict
+from tuneloom.store.base import BlobNotFound, StoreConflict, Write
 
 MAX_PARTS = 10_000
 
@@ -103,18 +103,25 @@ class FilesApi:
         )
         asked = identify(request, owner, digest(filename, purpose, sha256, str(life_s)))
         self._store.blobs.write(file.blob, part.chunks(), sha256=sha256)
-        kept = None
-        try:
+        with self._dropped_if_refused(file.blob):
             kept = repeat.create_once(
                 self._records,
                 asked,
                 lambda: (id, file, [self._records.files.create(file)]),
                 lambda found: files.get_file(self._records, owner, found).value,
             )
-        finally:
-            if kept is None or kept.id != id:
-                self._store.blobs.delete(file.blob)
+        if kept.id != id:
+            self._store.blobs.delete(file.blob)
         return kept
+
+    @contextlib.contextmanager
+    def _dropped_if_refused(self, blob: str) -> Iterator[None]:
+        """Remove a blob whose record was refused. After any other failure the commit may have been made: it stays."""
+        try:
+            yield
+        except (StoreConflict, InvalidRequest):
+            self._store.blobs.delete(blob)
+            raise
 
     async def list_files(self, request: Request) -> Response:
         return JSONResponse(await in_thread(self._list, request, caller(request, "training").owner))
@@ -221,26 +228,20 @@ class FilesApi:
         )
         self._store.blobs.write(part.blob, data.chunks(), sha256=sha256)
 
-        def make() -> tuple[str, UploadPart, list[Any]]:
-            # The upload is written unchanged: a part never joins one that is completed at the same moment.
-            upload = files.get_pending(self._records, owner, upload_id)
-            return (
-                id,
-                part,
-                [self._records.upload_parts.create(part), self._records.uploads.replace(upload, upload.value)],
-            )
+        def make() -> tuple[str, UploadPart, list[Write]]:
+            # A part that slips in while its upload ends harms nothing: it is in no list of parts, and is swept.
+            files.get_pending(self._records, owner, upload_id)
+            return id, part, [self._records.upload_parts.create(part)]
 
-        kept = None
-        try:
+        with self._dropped_if_refused(part.blob):
             kept = repeat.create_once(
                 self._records,
                 identify(request, owner, sha256),
                 make,
                 lambda found: self._records.upload_parts.get(found).value,
             )
-        finally:
-            if kept is None or kept.id != id:
-                self._store.blobs.delete(part.blob)
+        if kept.id != id:
+            self._store.blobs.delete(part.blob)
         return kept
 
     async def complete_upload(self, request: Request) -> Response:

@@ -94,7 +94,6 @@ class Part:
     """A file of a multipart body, spooled to disk when large. Valid until the form is closed."""
 
     filename: str
-    content_type: str
     size_bytes: int
     file: BinaryIO
 
@@ -216,7 +215,7 @@ def _to_form(data: FormData) -> Form:
         if name in fields or name in parts:
             raise InvalidRequest(f"`{name[:100]}` is given twice.", param=name[:100])
         if isinstance(value, UploadFile):
-            parts[name] = Part(value.filename or "", value.content_type or "", value.size or 0, value.file)
+            parts[name] = Part(value.filename or "", value.size or 0, value.file)
         else:
             fields[name] = value
     return Form(fields, parts)

@@ -18,6 +18,7 @@ from tuneloom.control.launcher import Launcher, LauncherUnavailable, Observation
 from tuneloom.control.registration import Registrar
 from tuneloom.control.writer import JobWriter
 from tuneloom.domain import Event, Job, JobError, Progress
+from tuneloom.errors import Overloaded
 from tuneloom.store import Store
 from tuneloom.store.base import StoreConflict, Write
 from tuneloom.store.records import Stored
@@ -73,6 +74,8 @@ class Reconciler:
                 logger.info("job changed under the step, next tick decides: %s", stored.value.id)
             except LauncherUnavailable as error:
                 self._warn_unavailable(error)
+            except Overloaded as error:
+                logger.warning("store is busy, next tick goes on: %s: %s", stored.value.id, error)
             except Exception:
                 logger.exception("job could not be stepped: %s", stored.value.id)
 
