@@ -22,6 +22,7 @@ from tests.serve.conftest import BASE
 from tuneloom.bases import add_folder
 from tuneloom.config import BaseSettings, EngineSettings, GatewaySettings, Settings, read_pepper
 from tuneloom.control import keys
+from tuneloom.control.models import import_adapter
 from tuneloom.serve.app import base_app, schema
 from tuneloom.serve.guard import PROXY_ENVIRONMENT
 from tuneloom.store import open_store
@@ -38,9 +39,11 @@ RECOVERY_S = 60.0
 class Cluster:
     url: str
     key: str
+    key_of_eve: str
 
     def client(self, **more: Any) -> OpenAI:
-        return OpenAI(api_key=self.key, base_url=f"{self.url}/v1", **{"max_retries": 0, "timeout": 90, **more})
+        more = {"api_key": self.key, **more}
+        return OpenAI(base_url=f"{self.url}/v1", **{"max_retries": 0, "timeout": 90, **more})
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -62,10 +65,10 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_base: Path) -> Iterator[Cluster]:
+def cluster(tiny_base: Path, tiny_adapters: list[Path]) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="tlt", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
-        add_folder(home / "bases", tiny_base, BASE)
+        base = add_folder(home / "bases", tiny_base, BASE)
         settings = Settings(
             home=home,
             bases=(BaseSettings(id=BASE, engine=EngineSettings(threads=1, dtype="fp32")),),
@@ -73,9 +76,12 @@ def cluster(tiny_base: Path) -> Iterator[Cluster]:
         )
         store = open_store(settings)
         key = keys.mint(store.records, read_pepper(settings), owner="ada").secret
+        for owner, adapter in (("ada", tiny_adapters[0]), ("eve", tiny_adapters[1])):
+            import_adapter(store, owner, base, "bot", adapter, max_rank=64)
+        eve = keys.mint(store.records, read_pepper(settings), owner="eve").secret
         store.close()
         with ray_cluster(home / "ray", settings):
-            yield Cluster(f"http://127.0.0.1:{settings.gateway.port}", key)
+            yield Cluster(f"http://127.0.0.1:{settings.gateway.port}", key, eve)
         shutil.rmtree(home / "ray", ignore_errors=True)
 
 
@@ -153,6 +159,16 @@ def test_chat_and_text_answer_whole_and_streamed(cluster: Cluster) -> None:
     by_url = OpenAI(api_key=cluster.key, base_url=f"{cluster.url}/v1/{quote(BASE, safe='')}", max_retries=0)
     assert by_url.completions.create(model=BASE, prompt=[5, 6], max_tokens=3).model == BASE
     assert cluster.get("/readyz").status_code == 200
+
+
+def test_one_name_is_another_model_for_each_owner(cluster: Cluster) -> None:
+    def say(client: OpenAI, model: str) -> str | None:
+        answer = client.chat.completions.create(model=model, messages=HI, temperature=0, max_tokens=16)
+        return answer.choices[0].message.content
+
+    ada, eve = cluster.client(), cluster.client(api_key=cluster.key_of_eve)
+    assert len({say(ada, BASE), say(ada, "bot"), say(eve, "bot")}) == 3
+    assert say(ada, "bot") == say(ada, "bot@v1")
 
 
 def test_errors_of_the_replica_keep_their_status_through_ray(cluster: Cluster) -> None:

@@ -375,6 +375,18 @@ async def test_a_body_over_the_limit_is_refused_while_it_arrives(service: Servic
     assert arrived <= service.settings.gateway.max_body_bytes + (2 << 20)
 
 
+async def test_a_body_that_does_not_arrive_is_a_408(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuneloom.serve.ingress.BODY_TIMEOUT_S", 0.1)
+
+    async def stuck() -> Any:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async with service.http(service.key()) as http:
+        response = await http.post("/v1/completions", content=stuck())
+    assert (response.status_code, response.json()["error"]["type"]) == (408, "invalid_request_error")
+
+
 @pytest.mark.parametrize("header", ["x-request-timeout-seconds", "X-Request-Disconnect-Disabled"])
 async def test_headers_that_steer_serve_are_refused(service: Service, header: str) -> None:
     async with service.http(service.key()) as http:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -110,7 +110,7 @@ class Edge:
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send_with_headers)
         except Exception as error:
             answer = as_tuneloom_error(error, request_id(scope))

@@ -23,7 +23,7 @@ from tuneloom.config import Settings
 from tuneloom.control.api import ApiContext
 from tuneloom.control.api import routes as control_routes
 from tuneloom.domain import Principal, Target
-from tuneloom.errors import TuneloomError
+from tuneloom.errors import InvalidRequest, TuneloomError
 from tuneloom.generation import Finished, Frame, GenerationRequest
 from tuneloom.serve import edge, sse
 from tuneloom.serve.answers import Answer, ChatAnswer, CompletionAnswer
@@ -36,6 +36,7 @@ from tuneloom.serve.upstream import Bases, collect, frames
 from tuneloom.store import Store
 
 READY_TIMEOUT_S = 3.0
+BODY_TIMEOUT_S = 120.0
 # A larger body is parsed in a thread, so that it holds up nobody else.
 LARGE_BODY_BYTES = 256 << 10
 
@@ -167,7 +168,13 @@ class _Service:
 
 
 async def _read_call(dialect: Dialect, request: Request) -> Call:
-    raw = await request.body()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            raw = await request.body()
+    except TimeoutError:
+        error = InvalidRequest(f"The body did not arrive within {BODY_TIMEOUT_S:.0f} s. Send it again.")
+        error.status = 408
+        raise error from None
     model = request.path_params.get("model")
     if len(raw) > LARGE_BODY_BYTES:
         return await anyio.to_thread.run_sync(lambda: dialect.parse(parse_object(raw), model))

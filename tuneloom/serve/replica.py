@@ -3,7 +3,6 @@
 `Base` is what Serve runs in a replica; `Replica` is all of it but the start, on any engine.
 """
 
-import functools
 import itertools
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -16,6 +15,7 @@ from tuneloom.engine.base import Engine, EngineStats
 from tuneloom.errors import ContextLengthExceeded, InvalidRequest
 from tuneloom.generation import ChatPrompt, Frame, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from tuneloom.serve.callers import Callers, is_replica_alive
+from tuneloom.serve.disk import DiskCache
 from tuneloom.serve.run import Encoded, Run
 
 if TYPE_CHECKING:
@@ -133,14 +133,13 @@ class Base(Replica):
         from tuneloom.engine.engine import LocalEngine
         from tuneloom.engine.text import Codec
         from tuneloom.store import open_blobs
-        from tuneloom.store.artifacts import fetch_adapter
 
         tree = Settings.model_validate(settings)
         options = next(base.engine for base in tree.bases if base.id == base_id)
         base = get_base(tree.bases_dir, base_id)
         codec = await anyio.to_thread.run_sync(Codec.load, base.path)
-        fetch = functools.partial(fetch_adapter, open_blobs(tree.blobs), cache=tree.home / "cache" / "adapters")
-        engine = LocalEngine(base.path, engine_config(options), fetch)
+        disk = DiskCache(open_blobs(tree.blobs), tree.home / "cache" / "adapters", options.disk_cache_bytes)
+        engine = LocalEngine(base.path, engine_config(options), disk.fetch)
         await engine.start()
         super().__init__(
             engine,
@@ -158,7 +157,7 @@ class Base(Replica):
 
 
 def engine_config(settings: "EngineSettings") -> "EngineConfig":
-    """A base's settings as its engine takes them; the disk is the store's."""
+    """A base's settings as its engine takes them; the disk is not the engine's."""
     from tuneloom.engine.core import EngineConfig
 
     return EngineConfig(**settings.model_dump(exclude={"disk_cache_bytes"}))
