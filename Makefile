@@ -13,15 +13,16 @@ READY := $(VENV)/.ready
 venv: $(READY)
 
 # torch first, alone: the package index has a build with CUDA (gigabytes) and may be joined by one with the CPU build;
-# set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to choose. The packages that need torch then find it there.
+# set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to choose. The lock names every package, so there is nothing to resolve.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tuneloom needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch (about 190 MB)"
 	$(PIP) install $(TORCH)
 	@echo "installing the other packages (about 600 MB on disk)"
-	$(PIP) install -r requirements.lock
+	$(PIP) install --no-deps -r requirements.lock
 	$(PIP) install --no-deps -e .
+	$(PIP) check
 	@touch $@
 
 up: venv
