@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.control.conftest import BASE, assert_error
@@ -244,3 +246,11 @@ def test_checkpoint_permissions_say_that_they_are_not_there(api):
 
 def test_jobs_need_a_key_that_may_train(api):
     assert_error(api.get(JOBS, key="ada:inference"), 403, None, "`training`")
+
+
+def test_many_jobs_may_be_created_on_one_file_at_once(api):
+    body = {"model": BASE, "training_file": api.upload()}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda seed: api.post(JOBS, json={**body, "seed": seed}), range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert len({answer.json()["id"] for answer in answers}) == 8

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tuneloom.control.retry import retry
 from tuneloom.domain import Repeat
 from tuneloom.errors import Unprocessable
-from tuneloom.store.base import StoreConflict, Write
+from tuneloom.store.base import Write
 from tuneloom.store.records import Records, Stored
 
 RETRY_WINDOW_S = 600.0
 KEY_LIFE_S = 48 * 3600.0
-ATTEMPTS = 8
 
 T = TypeVar("T")
 
@@ -73,19 +73,16 @@ def create_once(
     `make` gives (id, object, writes) against what is stored at that moment and may be called several times; `load`
     gives the object of an id, or raises NotFound if it was deleted since.
     """
-    for attempt in range(ATTEMPTS):
+
+    def once() -> T:
         row = records.repeats.find(request.row_id)
         if row is not None and request.is_answered_by(row.value):
             return load(row.value.result_id)
         result_id, result, writes = make()
-        try:
-            records.commit(*writes, _write_row(records, request, row, result_id))
-        except StoreConflict:
-            if attempt == ATTEMPTS - 1:
-                raise
-            continue
+        records.commit(*writes, _write_row(records, request, row, result_id))
         return result
-    raise AssertionError("unreachable")
+
+    return retry(once)
 
 
 def _write_row(records: Records, request: Request, row: Stored[Repeat] | None, result_id: str) -> Write:
