@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 
@@ -9,8 +10,7 @@ from tuneloom.train.progress import FenceLost, Voice
 
 
 def voice(lab: Lab, job_id: str, now: list[float] | None = None) -> Voice:
-    clock = now if now is not None else [1000.0]
-    return Voice(lab.store.records, job_id, 1, clock=lambda: clock[0])
+    return Voice(lab.store.records, job_id, 1, clock=time.time if now is None else lambda: now[0])
 
 
 def test_metrics_are_written_with_the_step_they_reach(lab: Lab) -> None:

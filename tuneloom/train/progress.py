@@ -48,6 +48,7 @@ class Voice:
         self._pending_step = 0
         self._pending_changes: dict[str, Any] = {}
         self._flushed_at = 0.0
+        self._event_at = 0.0
 
     def progress(self) -> Progress:
         """The record as the store holds it. Raises FenceLost if it belongs to another attempt."""
@@ -126,7 +127,8 @@ class Voice:
         return stored
 
     def _event(self, message: str, *, level: str = "info", kind: str = "message", data: Any = None) -> Event:
-        now = self._clock()
+        # Ids order events by their microsecond; two of one voice must not share it.
+        now = self._event_at = max(self._clock(), self._event_at + 2e-6)
         return Event(
             id=event_id(now),
             owner=self._known().value.owner,
