@@ -251,6 +251,32 @@ def test_logprobs_are_those_of_the_raw_logits(open_core: OpenCore, tiny_base: Pa
         assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
+def test_a_long_mix_of_requests_and_aborts_leaves_nothing_behind(
+    open_core: OpenCore, tiny_adapters: list[Path], tiny_prompts: list[list[int]]
+):
+    import random
+
+    chance = random.Random(5)
+    engine = open_core(max_sequences=5, max_step_tokens=32, adapter_slots=2, host_cache_bytes=120_000)
+    ids = [f"r{i}" for i in range(150)]
+    for id in ids:
+        folder = chance.choice([None, *tiny_adapters])
+        params = SamplingParams(max_tokens=chance.randint(1, 9), temperature=chance.choice([0, 0.9]), top_p=0.9)
+        adapter = ref_of(folder) if folder else None
+        engine.core.add(request(id, chance.choice(tiny_prompts), params=params, adapter=adapter))
+        for _ in range(chance.randint(0, 2)):
+            engine.step()
+        if chance.random() < 0.3:
+            engine.core.abort(chance.choice(ids))
+    engine.run()
+    assert not engine.errors
+    assert engine.core._cache.num_free == 5
+    assert not engine.core._sequences
+    entries = engine.core.adapters._entries.values()
+    assert all(entry.num_waiting == entry.num_running == 0 for entry in entries)
+    assert engine.core.adapters.host_bytes_used() <= 120_000
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0

@@ -175,6 +175,21 @@ async def test_a_bug_outside_the_step_ends_what_runs_and_not_the_engine(tiny_bas
         assert len(await answer(engine, request("after", tiny_prompts[1]))) == 8
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_dead_step_thread_is_told_to_readers_and_to_the_health_check(tiny_base, tiny_prompts):
+    def die(core):
+        raise SystemExit
+
+    async with running(tiny_base) as engine:
+        task = asyncio.create_task(answer(engine, request("r", tiny_prompts[1], params=LONG)))
+        await until(lambda: engine.stats().running == 1)
+        engine._post(die)
+        with pytest.raises(TuneloomError, match="stopped"):
+            await task
+        with pytest.raises(TuneloomError, match="Restart"):
+            engine.stats()
+
+
 async def test_a_base_that_cannot_be_loaded_fails_the_start(tmp_path: Path):
     engine = LocalEngine(tmp_path, EngineConfig(), fetch_local)
     with pytest.raises(InvalidRequest, match=r"config\.json"):

@@ -45,7 +45,7 @@ class LocalEngine:
         self._signal = threading.Event()
         self._live: dict[str, _Mailbox] = {}
         self._has_none = asyncio.Event()
-        self._is_draining = self._is_closing = False
+        self._is_draining = self._is_closing = self._has_stopped = False
         self._core: EngineCore | None = None
         self._stats: EngineStats | None = None
         self._thread: threading.Thread | None = None
@@ -119,7 +119,7 @@ class LocalEngine:
         return self._started().adapters.states()
 
     def stats(self) -> EngineStats:
-        """As of the last step."""
+        """As of the last step. Raises TuneloomError if the step thread has died: a health check."""
         core = self._started()
         return self._stats or core.stats()
 
@@ -146,6 +146,8 @@ class LocalEngine:
     def _started(self) -> EngineCore:
         if self._core is None:
             raise Overloaded("The engine is starting. Retry in a moment.", retry_after_s=2.0)
+        if self._has_stopped and not self._is_closing:
+            raise TuneloomError("The engine has stopped. Restart this replica.", code="engine_stopped")
         return self._core
 
     def _check_room(self, request: SequenceRequest) -> None:
@@ -186,7 +188,9 @@ class LocalEngine:
             while not self._is_closing:
                 self._turn(core)
         finally:
+            self._has_stopped = True
             core.close()
+            self._call(self._fail_all, TuneloomError("The engine has stopped. Retry.", code="engine_stopped"))
 
     def _turn(self, core: EngineCore) -> None:
         self._signal.clear()

@@ -171,7 +171,8 @@ def _draw_beyond(logits_V: Tensor, params: SamplingParams, draw: float) -> int:
         ids_V = torch.arange(logits_V.shape[0], device=logits_V.device)
         p_V = (logits_V / params.temperature).double().softmax(-1)
         best_K = logits_V.topk(_CANDIDATES).indices
-        draw -= float(p_V[best_K].sum())
+        # The candidates' sum was rounded otherwise where the draw was compared with it.
+        draw = max(0.0, draw - float(p_V[best_K].sum()))
         p_V[best_K] = 0
     else:
         logits_V, ids_V = logits_V.sort(descending=True, stable=True)
