@@ -18,7 +18,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tuneloom needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch (about 190 MB)"
-	$(PIP) install $(TORCH)
+	$(PIP) install -c requirements.lock $(TORCH)
 	@echo "installing the other packages (about 600 MB on disk)"
 	$(PIP) install --no-deps -r requirements.lock
 	$(PIP) install --no-deps -e .

@@ -8,6 +8,7 @@ from tuneloom.control import models
 from tuneloom.domain import Checkpoint, new_id
 from tuneloom.errors import AdapterRejected, Conflict, InvalidRequest, ModelNotFound
 from tuneloom.store import Store
+from tuneloom.store.names import find_named
 
 
 def add_version(
@@ -45,11 +46,11 @@ def test_the_first_version_is_active_and_later_ones_wait(store):
 def test_every_name_of_a_version_finds_it(store):
     first, second = add_version(store), add_version(store)
     for name, version in (("bot", first), ("bot@v1", first), ("bot@v2", second), (second.ft_name, second)):
-        assert models.find_named(store.records, "ada", name).version.value == version
+        assert find_named(store.records, "ada", name).version.value == version
     for name in ("bot@v3", "bot@v01", "bot@v", "bot@v-1", "bot@v١", "bot@2", "Bot", "ft:", "ft:x", "", "@v1", "a/b"):
-        assert models.find_named(store.records, "ada", name) is None
+        assert find_named(store.records, "ada", name) is None
     for name in ("bot", "bot@v1", first.ft_name):
-        assert models.find_named(store.records, "bob", name) is None
+        assert find_named(store.records, "bob", name) is None
 
 
 def test_activating_and_rolling_back_move_the_pointer(store):
@@ -86,7 +87,7 @@ def test_deleting_a_model_takes_all_versions_and_their_bytes(store):
     kept = add_version(store, name="other")
     models.delete(store, "ada", "bot")
     assert [stored.value for stored in store.records.versions.query()] == [kept]
-    assert models.find_named(store.records, "ada", "bot") is None
+    assert find_named(store.records, "ada", "bot") is None
     assert {blob.key.rsplit("/", 1)[0] for blob in store.blobs.list("imports")} == {kept.adapter.uri}
     with pytest.raises(ModelNotFound):
         models.delete(store, "ada", "bot")
@@ -114,7 +115,7 @@ def test_a_version_takes_the_checkpoints_of_its_job_with_it(store):
         adapter=put_fake_adapter(store, "jobs/ftjob-1/checkpoints/step-2", "c"),
     )
     store.records.commit(store.records.checkpoints.create(checkpoint))
-    assert models.find_named(store.records, "ada", checkpoint.name).checkpoint.value == checkpoint
+    assert find_named(store.records, "ada", checkpoint.name).checkpoint.value == checkpoint
     models.delete(store, "ada", "bot@v1")
     assert store.records.checkpoints.query() == []
     assert store.blobs.list("jobs") == []
@@ -153,7 +154,7 @@ def test_deleting_versions_at_once_leaves_no_pointer_to_nothing(store):
     for thread in threads:
         thread.join(30)
     assert active(store) in (2, 4)
-    assert models.find_named(store.records, "ada", "bot").version is not None
+    assert find_named(store.records, "ada", "bot").version is not None
 
 
 @pytest.fixture(scope="session")

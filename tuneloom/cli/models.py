@@ -156,9 +156,9 @@ def delete(
 
 def _adapter(store: "Store", owner: str, name: str) -> "tuple[AdapterRef, str]":
     """The adapter that a name calls, and the id of its base."""
-    from tuneloom.control import models
+    from tuneloom.store.names import find_named
 
-    found = models.find_named(store.records, owner, name)
+    found = find_named(store.records, owner, name)
     for stored in (found.version, found.checkpoint) if found else ():
         if stored is not None:
             return stored.value.adapter, stored.value.base

@@ -31,6 +31,7 @@ from tuneloom.domain import (
 )
 from tuneloom.errors import Conflict, InvalidFile, InvalidRequest, ModelNotFound, NotFound, UnsupportedParameter
 from tuneloom.store.base import Write
+from tuneloom.store.names import find_named
 from tuneloom.store.records import Stored, Table
 
 
@@ -206,7 +207,7 @@ class JobsApi:
         base = self._context.find_base(name)
         if base is not None:
             return base.id
-        found = models.find_named(self._records, owner, name)
+        found = find_named(self._records, owner, name)
         if found is not None and found.model is not None:
             raise UnsupportedParameter(
                 f"`{name}` is a fine-tuned model, and training on from one is not supported. "

@@ -18,11 +18,11 @@ from tuneloom.bases import catalogue, get_base
 from tuneloom.control import models, repeat
 from tuneloom.control.body import Body, Form, digest, identify, parse, read_form, read_json
 from tuneloom.control.context import ApiContext, caller, in_thread
-from tuneloom.control.models import Named
 from tuneloom.domain import AdapterRef, Model, Version, check_model_name, version_id
 from tuneloom.errors import InvalidRequest, MissingParameter, ModelNotFound, PermissionDenied, UnknownParameter
 from tuneloom.store.artifacts import ADAPTER_FILES, fetch_adapter
 from tuneloom.store.base import BlobNotFound, Write
+from tuneloom.store.names import Named, find_named
 
 CHUNK_BYTES = 1 << 20
 
@@ -209,7 +209,7 @@ class ModelsApi:
             raise
 
     def _find(self, owner: str, name: str) -> Named:
-        found = models.find_named(self._records, owner, name)
+        found = find_named(self._records, owner, name)
         if found is None:
             raise ModelNotFound.named(name)
         return found

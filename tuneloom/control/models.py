@@ -31,43 +31,11 @@ from tuneloom.errors import Conflict, InvalidRequest, ModelNotFound
 from tuneloom.store import Store
 from tuneloom.store.artifacts import Manifest, check_adapter, put_adapter
 from tuneloom.store.base import Write
+from tuneloom.store.names import find_named
 from tuneloom.store.records import Records, Stored
 
 # One commit takes 400 writes; a Version goes together with the checkpoints of its job up to this many.
 MAX_DELETED = 300
-
-
-@dataclass(frozen=True)
-class Named:
-    """What a name stands for. A Model's bare name gives its active Version."""
-
-    model: Stored[Model] | None = None
-    version: Stored[Version] | None = None
-    checkpoint: Stored[Checkpoint] | None = None
-    is_bare: bool = False
-
-
-def find_named(records: Records, owner: str, name: str) -> Named | None:
-    """What an owner's `name`, `name@vN`, `ft:...` or `ft:...:ckpt-step-N` stands for; None if nothing of theirs."""
-    if name.startswith("ft:"):
-        for stored in records.versions.query({"owner": owner, "ft_name": name}, limit=1):
-            return Named(records.models.find(model_id(owner, stored.value.model)), stored)
-        for checkpoint in records.checkpoints.query({"owner": owner, "name": name}, limit=1):
-            return Named(checkpoint=checkpoint)
-        return None
-    bare, _, number = name.partition("@v")
-    model = records.models.find(model_id(owner, bare))
-    if model is None or model.value.owner != owner:
-        return None
-    if "@" not in name:
-        active = model.value.active
-        version = None if active is None else records.versions.find(version_id(owner, bare, active))
-        return Named(model, version, is_bare=True)
-    # `v01` and `v١` are not spellings of v1: one Version has one pinned name.
-    if not number.isascii() or not number.isdecimal() or number != str(int(number)):
-        return None
-    version = records.versions.find(version_id(owner, bare, int(number)))
-    return None if version is None or version.value.owner != owner else Named(model, version)
 
 
 def get_model(records: Records, owner: str, name: str) -> Stored[Model]:
