@@ -23,6 +23,7 @@ LAYERS = {
     "train": 3,
     "control": 3,
     "serve": 4,
+    "ports": 5,
     "cluster": 5,
     "up": 5,
     "cli": 5,
@@ -32,6 +33,7 @@ ALSO = {
     ("tuneloom.generation", "domain"),  # a request names an adapter
     ("tuneloom.store", "config"),  # `open_store` takes the settings
     ("tuneloom.bases.intake", "config"),  # the id of the default base
+    ("tuneloom.cluster", "ports"),
     ("tuneloom.up", "cluster"),
     ("tuneloom.cli", "cluster"),
     ("tuneloom.cli", "up"),
@@ -68,7 +70,7 @@ THIRD_PARTY = {
     "firebase_admin": {"serve"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "psutil": {"cluster", "cli"},
+    "psutil": {"ports", "cluster", "cli"},
 }
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from tuneloom import bases, cluster, config, up
+from tuneloom import bases, cluster, config, ports, up
 from tuneloom.cluster import ClusterError, ClusterState
 from tuneloom.serve.guard import PROXY_ENVIRONMENT
 
@@ -139,14 +139,42 @@ def test_two_ups_at_once_are_kept_apart_and_a_dead_one_holds_nothing(tmp_path: P
         pass
 
 
-def test_a_busy_port_gives_way_to_the_next():
+def test_a_busy_port_gives_way_to_the_next(tmp_path: Path):
+    def claim(wanted: int) -> int:
+        return ports.claim(tmp_path, "127.0.0.1", wanted, lambda home, port: False)
+
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind(("127.0.0.1", ports.free_ports(1)[0]))
         taken.listen()
         port = taken.getsockname()[1]
-        assert cluster.free_port("127.0.0.1", port) > port
-    assert cluster.free_port("127.0.0.1", port) == port
-    assert cluster.free_port("127.0.0.1", 0) > 0
+        assert claim(port) > port
+    assert claim(port) == port
+    assert claim(0) > 0
+
+
+def test_two_installations_that_start_at_once_take_different_ports(spawn, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    wanted = ports.free_ports(1)[0]
+    settings = [config.Settings.model_validate({"home": h, "gateway": {"port": wanted}}) for h in (first, second)]
+    with cluster.exclusive(first):  # as `up` holds it from the choice of the port to the first answer
+        assert cluster._plan(settings[0], None).port == wanted
+        assert cluster._plan(settings[1], None).port > wanted
+
+    make_state(first, port=wanted)  # it runs, though nothing listens yet
+    process = spawn(first)
+    assert cluster._plan(settings[1], None).port > wanted
+    process.kill()
+    process.wait(5)
+    assert cluster._plan(settings[1], None).port == wanted
+
+
+def test_a_second_listener_on_the_apis_port_is_noticed(tmp_path: Path):
+    state = make_state(tmp_path, port=ports.free_ports(1)[0])
+    assert cluster.intruders(tmp_path, state) == set()
+    with socket.socket() as other:
+        other.bind((state.host, state.port))
+        other.listen()
+        assert cluster.intruders(tmp_path, state) == {os.getpid()}
 
 
 def test_the_clusters_environment_has_nothing_of_the_callers_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -368,9 +396,9 @@ def foreign_cluster() -> Iterator[psutil.Process]:
     folder = Path(tempfile.mkdtemp(prefix="fo-"))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNELOOM_"))}
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "FOREIGN": str(folder)}
-    ports = [str(port) for port in cluster._free_ports(3)]
+    gcs, client, agent = (str(port) for port in ports.free_ports(3))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--include-dashboard", "false"]
-    command += ["--port", ports[0], "--ray-client-server-port", ports[1], "--dashboard-agent-listen-port", ports[2]]
+    command += ["--port", gcs, "--ray-client-server-port", client, "--dashboard-agent-listen-port", agent]
     command += ["--temp-dir", str(folder), "--num-cpus", "1", "--object-store-memory", str(80 << 20)]
     try:
         subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, start_new_session=True)

@@ -8,7 +8,6 @@ cluster of the host and is never used.
 import contextlib
 import fcntl
 import os
-import random
 import secrets
 import shutil
 import signal
@@ -24,6 +23,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tuneloom import ports
 from tuneloom.config import Settings
 from tuneloom.errors import TuneloomError
 
@@ -37,8 +37,6 @@ START_TIMEOUT_S = 120
 STOP_GRACE_S = 10.0
 KILL_WAIT_S = 8.0
 OBJECT_STORE_BYTES = 128 << 20
-# Below every system's range for outgoing connections, so that none of them takes a port between choice and use.
-PORT_RANGE = range(20_000, 32_000)
 # A socket path has 104 bytes on macOS. Ray puts `/session_<time>_<pid>/sockets/plasma_store` behind its folder.
 MAX_RAY_FOLDER = 39
 
@@ -217,35 +215,43 @@ def write_private(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def free_port(host: str, wanted: int) -> int:
-    """`wanted` if it is free on `host`, else the next one that is; 0 gives any."""
-    if wanted == 0:
-        return _free_ports(1)[0]
-    for port in range(wanted, min(wanted + 200, 65_536)):
-        if _is_free(port, host):
-            return port
-    raise ClusterError(f"No port from {wanted} on is free on {host}. Set `gateway.port` in `config.yaml`.")
+def intruders(home: Path, state: ClusterState) -> set[int]:
+    """Processes that listen on the API's port beside ours, and so get a share of its requests."""
+    own = {process.pid for process in processes(home)}
+    return ports.listeners(state.host, state.port) - own
 
 
 def _plan(settings: Settings, previous: ClusterState | None) -> ClusterState:
     gateway = settings.gateway
     remembered = previous is not None and gateway.port != 0 and previous.host == gateway.host
-    wanted = previous.port if previous and remembered and _is_free(previous.port, gateway.host) else gateway.port
-    gcs_port, dashboard_port = _free_ports(2)
+    wanted = previous.port if previous and remembered and ports.is_free(previous.port, gateway.host) else gateway.port
+    gcs_port, dashboard_port = ports.free_ports(2)
     return ClusterState(
         id=secrets.token_hex(8),
         started_at=time.time(),
         host=gateway.host,
-        port=free_port(gateway.host, wanted),
+        port=ports.claim(settings.home, gateway.host, wanted, _is_used_by),
         gcs_address=f"{_own_address()}:{gcs_port}",
         dashboard_port=dashboard_port,
         folder=_ray_folder(settings.home),
     )
 
 
+def _is_used_by(home: Path, port: int) -> bool:
+    """Whether the installation in `home` runs on `port`, or is about to."""
+    if not home.is_dir():
+        return False
+    try:
+        with exclusive(home, wait_s=0):
+            state = read_state(home)
+            return state is not None and state.is_up and state.port == port and bool(processes(home))
+    except ClusterError:
+        return True
+
+
 def _start_ray(settings: Settings, state: ClusterState) -> ClusterState:
     host, _, gcs_port = state.gcs_address.rpartition(":")
-    agent_port, client_port, dashboard_metrics_port, autoscaler_metrics_port = _free_ports(4)
+    agent_port, client_port, dashboard_metrics_port, autoscaler_metrics_port = ports.free_ports(4)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats"]
     command += ["--node-ip-address", host, "--port", gcs_port, "--temp-dir", str(state.folder)]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(state.dashboard_port)]
@@ -341,27 +347,6 @@ def _own_address() -> str:
             probe.connect(("8.8.8.8", 80))
             return probe.getsockname()[0]
     return "127.0.0.1"
-
-
-def _free_ports(count: int) -> list[int]:
-    ports: list[int] = []
-    for port in random.sample(PORT_RANGE, 500):
-        if _is_free(port, ""):
-            ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise ClusterError(f"No {count} ports from {PORT_RANGE.start} to {PORT_RANGE.stop} are free.")
-
-
-def _is_free(port: int, host: str) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def _command(process: psutil.Process) -> str:

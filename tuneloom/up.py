@@ -50,6 +50,7 @@ def up(settings: Settings, report: Report, timeout_s: float = READY_TIMEOUT_S) -
             key, is_new_key = ensure_admin_key(settings)
             _deploy(settings, state, report)
             _await_answers(settings, state, key, report, time.monotonic() + timeout_s)
+            _check_alone(settings, state)
         except BaseException:
             # One that ran before may be training; ending it is for `down`.
             if is_new:
@@ -187,6 +188,16 @@ def _check_applications(settings: Settings, state: ClusterState, say: Report) ->
         say(f"waiting for {', '.join(missing) or 'the applications'}")
         return "the applications"
     return None
+
+
+def _check_alone(settings: Settings, state: ClusterState) -> None:
+    """Raises ClusterError if another program has come to listen on the API's port too; both would get half."""
+    if others := cluster.intruders(settings.home, state):
+        listed = ", ".join(str(pid) for pid in sorted(others))
+        raise ClusterError(
+            f"Process {listed} of another program has taken port {state.port} at the same moment. "
+            "Run `tuneloom up` again."
+        )
 
 
 def describe(app: dict[str, Any]) -> str:

@@ -62,6 +62,8 @@ def _live(settings: Settings, state: ClusterState) -> dict[str, Any]:
     except (httpx.HTTPError, ValueError) as error:
         return {"applications": shown, "problem": f"the API does not answer ({type(error).__name__})"}
     problem = f"no answer from: {', '.join(failing)}" if failing else None
+    if others := cluster.intruders(settings.home, state):
+        problem = f"process {min(others)} listens on port {state.port} too and gets a share of the requests; end it"
     return {"applications": shown, "running": True, "problem": problem}
 
 
