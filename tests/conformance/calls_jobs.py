@@ -47,6 +47,13 @@ def jobs_create(session: Session) -> None:
     session.made["job"] = job
 
 
+def files_delete_in_use(session: Session) -> None:
+    file, job = session.earlier("file"), session.earlier("job")
+    error = fails(openai.ConflictError, lambda: session.client.files.delete(file.id), code="file_in_use")
+    holds("the message names the job", job.id in error.message, error.message)
+    same("the file is still there", session.client.files.retrieve(file.id), file)
+
+
 def jobs_create_hyperparameters(session: Session) -> None:
     job = session.client.fine_tuning.jobs.create(
         model=session.base,

@@ -1,6 +1,5 @@
 """Calls of `models`, and of the model that the finished job has made."""
 
-from typing import Any
 from urllib.parse import quote
 
 import openai
@@ -72,9 +71,8 @@ def models_chat_in_url(session: Session) -> None:
 
 def models_foreign(session: Session) -> None:
     stranger = session.client_with(session.mint(f"{session.owner}-2", "inference", "training")["secret"])
+    chat, missing = stranger.chat.completions.create, {"code": "model_not_found", "param": "model"}
     for name in _names(session):
-        missing: Any = {"code": "model_not_found", "param": "model"}
-        chat = stranger.chat.completions.create
         fails(openai.NotFoundError, lambda name=name: chat(model=name, messages=user(QUESTION)), **missing)
         fails(openai.NotFoundError, lambda name=name: stranger.models.retrieve(name), **missing)
         fails(openai.NotFoundError, lambda name=name: stranger.models.delete(name), **missing)

@@ -1,4 +1,4 @@
-"""What is not a method of the client: health, headers, CORS, unknown URLs, safe repetition. Plain HTTP by the standard library."""
+"""What is no method of the client: health, headers, CORS, unknown URLs, safe repetition. Plain HTTP by the library."""
 
 import json
 import secrets

@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +66,9 @@ def results(base_url: str, api_key: str, base: str | None = None) -> Iterator[Re
     session = open_session(base_url, api_key, base)
     try:
         for group, cases in CASES.items():
-            for name in cases:
+            for name, (_, _, *only) in cases.items():
+                if only and only[0] != "python":
+                    continue
                 yield attempt(name, vars(MODULES[group])[name], session)
     finally:
         clean_up(session)
@@ -92,7 +95,8 @@ def main() -> None:
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
     parser.add_argument("--base", default=None, help="which base to use; the first one that is served unless given")
     options = parser.parse_args()
-    print(json.dumps({"client": f"openai-python {openai.__version__}"}), flush=True)
+    runtime = f"Python {platform.python_version()}"
+    print(json.dumps({"client": f"openai-python {openai.__version__}", "runtime": runtime}), flush=True)
     ok = True
     for result in results(options.base_url, options.api_key, options.base):
         ok = ok and result.ok

@@ -1,4 +1,4 @@
-"""What the calls of one run share: clients, an owner of their own, what earlier calls made. Runs with `openai` alone."""
+"""What the calls of one run share: clients, an owner of their own, what earlier calls made. Needs `openai` alone."""
 
 import json
 import secrets
@@ -60,6 +60,11 @@ class Session:
     def always(self) -> dict[str, int]:
         """A `logit_bias` with which `token` is the only thing that is ever said."""
         return {str(self.token_id): 100}
+
+    @property
+    def either(self) -> dict[str, int]:
+        """A `logit_bias` with which nothing but `token` and `other` is said."""
+        return {str(self.token_id): 100, str(self.other_id): 100}
 
 
 def open_session(base_url: str, api_key: str, base: str | None = None) -> Session:
