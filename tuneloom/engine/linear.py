@@ -5,8 +5,8 @@ Shapes: T tokens · K inputs · N outputs
 
 import logging
 import math
+import mmap
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,11 +70,9 @@ def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that cost no memory until they are written: on a CPU the pages come from the kernel on first touch."""
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    # 64 bytes more than needed, so that the tensor can start on a cache line.
-    raw = torch.from_numpy(np.zeros(size + 64, dtype=np.uint8))
-    start = -raw.data_ptr() % 64
-    return raw[start : start + size].view(dtype).view(*shape)
+    # Straight from the kernel: the C allocator hands out recycled memory, and writes zeros over it.
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 def _pack(weight: Tensor, bias: Tensor | None) -> Tensor | None:
