@@ -244,7 +244,7 @@ class Home:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def run(self, *arguments: str, timeout_s: float = 300, **extra: str) -> subprocess.CompletedProcess:
+    def run(self, *arguments: str, timeout_s: float = 560, **extra: str) -> subprocess.CompletedProcess:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNELOOM_", "OPENAI_"))}
         command = [sys.executable, "-m", "tuneloom.cli", "--home", str(self.path), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env={**inherited, **extra})

@@ -17,8 +17,8 @@ from tuneloom.domain import ALL_SCOPES, LOCAL_OWNER, hash_secret
 from tuneloom.errors import InvalidRequest
 
 KEY_FILE = "admin-key"
-READY_TIMEOUT_S = 300.0
-DEPLOY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 600.0
+DEPLOY_TIMEOUT_S = 300.0
 PROBE_TIMEOUT_S = 60.0
 POLL_S = 0.25
 REPEAT_LINE_S = 10.0

@@ -13,7 +13,7 @@ NOT_RUNNING = 3
 
 def up(
     context: typer.Context,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the first answers.")] = 300.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the first answers.")] = 600.0,
 ) -> None:
     """Start everything and wait until it answers. Fetches the default base the first time."""
     from tuneloom import up as bring_up
