@@ -31,11 +31,12 @@ async def async_stream(session: Session) -> None:
 
 
 async def async_parallel(session: Session) -> None:
-    questions = [f"{QUESTION} {i}" for i in range(TOGETHER)]
+    lengths = range(1, TOGETHER + 1)
     async with _client(session) as client:
-        answers = await asyncio.gather(*(_ask(client, session, question) for question in questions))
-        alone = [await _ask(client, session, question) for question in questions]
-    same("answers", _texts(answers), _texts(alone))
+        asked = [_ask(client, session, logit_bias=session.always, max_completion_tokens=n) for n in lengths]
+        answers = await asyncio.gather(*asked)
+    texts = [answer.choices[0].message.content for answer in answers]
+    same("answers", texts, [session.token * n for n in lengths])
 
 
 async def async_paging(session: Session) -> None:
@@ -93,7 +94,3 @@ def _client(session: Session) -> openai.AsyncOpenAI:
 async def _ask(client: openai.AsyncOpenAI, session: Session, text: str = QUESTION, **options: Any) -> Any:
     options = {"model": session.base, "temperature": 0, "max_completion_tokens": 8, **options}
     return await client.chat.completions.create(messages=user(text), **options)
-
-
-def _texts(answers: list[Any]) -> list[str]:
-    return [answer.choices[0].message.content for answer in answers]
