@@ -305,6 +305,8 @@ def _environment(home: Path, state: ClusterState) -> dict[str, str]:
         **PROXY_ENVIRONMENT,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        # Ray starts its workers at 15, replicas too: any other work of the machine would then come before a request.
+        "RAY_worker_niceness": "0",
         MARKER: state.id,
         "TUNELOOM_HOME": str(home),
         "PYTHONUNBUFFERED": "1",
@@ -343,8 +345,8 @@ def _own_address() -> str:
     """The address that Ray gives to this machine: not the loopback one, but on macOS."""
     if sys.platform != "darwin":
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            # Connecting a datagram socket sends nothing; it only chooses the address.
-            probe.connect(("8.8.8.8", 80))
+            # Connecting a datagram socket sends nothing; it only chooses the address. This one is for documentation.
+            probe.connect(("198.51.100.1", 80))
             return probe.getsockname()[0]
     return "127.0.0.1"
 

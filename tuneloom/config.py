@@ -72,6 +72,7 @@ class TrainSettings(Section):
     num_cpus: float = Field(1, ge=0)
     num_gpus: float = Field(0, ge=0)
     threads: int = Field(0, ge=0, description="0: all cores")
+    niceness: int = Field(10, ge=0, le=19, description="how far training steps back behind serving on the same cores")
     checkpoint_interval_s: float = Field(120.0, gt=0)
     checkpoints_kept: int = Field(3, ge=1)
     start_timeout_s: float = Field(300.0, gt=0, description="from launch to the first heartbeat")

@@ -140,7 +140,7 @@ def make_home(path: Path, **settings: Any) -> Home:
     return home
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def home() -> Iterator[Home]:
     # A short path: Ray's sockets live below it.
     folder = Path(tempfile.mkdtemp(prefix="tl-"))

@@ -122,8 +122,10 @@ def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
 
 
 def worker(config: dict[str, Any]) -> str:
-    """What runs in the worker process."""
-    return run_attempt(load(config["home"]), config["job_id"], config["attempt"])
+    """What runs in the worker process. It steps back so that requests served beside it keep their latency."""
+    settings = load(config["home"])
+    os.nice(max(0, settings.train.niceness - os.nice(0)))
+    return run_attempt(settings, config["job_id"], config["attempt"])
 
 
 def _listen() -> None:
