@@ -85,15 +85,16 @@ def stream(home: Home, tokens: int = 400) -> Iterator[Any]:
     )
 
 
+@pytest.mark.parametrize("victim", ["base", "ingress"])
 @pytest.mark.parametrize("after_chunks", [1, 10])
-def test_streams_of_a_killed_base_replica_end_in_an_error_event(home: Home, after_chunks: int) -> None:
+def test_streams_of_a_killed_replica_end_in_an_error_event(home: Home, victim: str, after_chunks: int) -> None:
     wait_for("an answer", lambda: answers(home), 60)
     streams = [stream(home) for _ in range(4)]
     for open_stream in streams:
         for _ in range(after_chunks):
             next(open_stream)
 
-    home.kill(*REPLICA["base"])
+    home.kill(*REPLICA[victim])
 
     for open_stream in streams:
         with pytest.raises(openai.APIError) as error:
