@@ -56,6 +56,18 @@ def test_driver_and_worker_of_one_attempt_share_the_record(lab: Lab) -> None:
     assert [event.message for event in lab.events(job.id)] == ["from the driver", "from the worker"]
 
 
+def test_the_last_word_is_read_after_control_has_closed_the_attempt(lab: Lab) -> None:
+    job = lab.add_job()
+    speaker = voice(lab, job.id)
+    speaker.say(stage="published", outcome="published")
+    stored = lab.store.records.progress.get(job.id)
+    closed = stored.value.model_copy(update={"stage": "closed"})
+    lab.store.records.commit(lab.store.records.progress.replace(stored, closed))
+    assert speaker.last_word().outcome == "published"
+    with pytest.raises(FenceLost):
+        speaker.progress()
+
+
 @pytest.mark.parametrize("ending", ["replaced", "closed"])
 def test_nothing_is_written_once_the_attempt_is_given_up(lab: Lab, ending: str) -> None:
     job = lab.add_job()

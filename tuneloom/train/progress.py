@@ -55,6 +55,13 @@ class Voice:
         with self._lock:
             return self._read().value
 
+    def last_word(self) -> Progress:
+        """The record even if control has closed the attempt. Raises FenceLost if it belongs to another attempt."""
+        stored = self._records.progress.find(self._job_id)
+        if stored is None or stored.value.attempt != self._attempt:
+            raise FenceLost(f"job {self._job_id} attempt {self._attempt} has been replaced")
+        return stored.value
+
     def say(self, *messages: str, writes: tuple[Write, ...] = (), level: str = "info", **changes: Any) -> None:
         """Change fields of the progress record, and add events and other writes, in one commit.
 
