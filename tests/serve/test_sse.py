@@ -68,3 +68,31 @@ async def test_a_cancelled_response_closes_the_source() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert closed == ["closed"]
+
+
+async def test_a_response_cancelled_while_its_source_closes_waits_for_that() -> None:
+    # Serve cancels a request whose client has left, at about the moment when the application sees it leave.
+    closed: list[str] = []
+
+    async def source() -> AsyncGenerator[bytes, None]:
+        try:
+            yield b"a"
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            closed.append("closed")
+
+    async def send(message: dict[str, Any]) -> None:
+        return
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
+
+    response = EventStream(with_heartbeats(source()))
+    task = asyncio.create_task(response({"type": "http"}, receive, send))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert closed == ["closed"]

@@ -57,9 +57,11 @@ async def with_heartbeats(
                 return
             yield data
     finally:
-        if coming is not None:
-            await _end(coming)
-        await events.aclose()
+        try:
+            if coming is not None:
+                await _end(coming)
+        finally:
+            await events.aclose()
 
 
 class EventStream(Response):
@@ -97,8 +99,10 @@ async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
             raise ClientGone
         return working.result()
     finally:
-        await _end(working)
-        await _end(watching)
+        try:
+            await _end(working)
+        finally:
+            await _end(watching)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -107,12 +111,22 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def _end(task: asyncio.Future[Any]) -> None:
-    """Cancel a task and wait until it has cleaned up; its result was used, or is of no use."""
+    """Cancel a task and wait until it has cleaned up; its result was used, or is of no use.
+
+    Being cancelled does not cut that short: a generator that still runs cannot be closed by whoever comes next.
+    """
+    cancelled: asyncio.CancelledError | None = None
     if not task.done():
         task.cancel()
-        await asyncio.wait({task})
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
     if not task.cancelled():
         task.exception()
+    if cancelled is not None:
+        raise cancelled
 
 
 async def each(events: AsyncIterator[Mapping[str, Any]]) -> AsyncGenerator[bytes, None]:
