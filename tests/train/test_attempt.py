@@ -174,7 +174,7 @@ def test_an_attempt_that_was_replaced_writes_nothing_more(lab: Lab, at_step: Sch
     at_step(5, lambda: lab.next_attempt(job.id) and None)
 
     assert run_attempt(lab.settings, job.id, 1) == "fenced"
-    assert lab.steps(job.id)[-1] <= 5
+    assert max(lab.steps(job.id), default=0) <= 5
     assert lab.progress(job.id).outcome is None
     assert read_manifest(lab.store.blobs, job.artifacts) is None
     assert run(lab, job.id) == "published"
