@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tuneloom.bases import get_base
 from tuneloom.domain import TrainOptions
 from tuneloom.store.artifacts import fetch_adapter, read_manifest
 from tuneloom.train.attempt import run_attempt, run_folder, stop_file
+from tuneloom.train.checkpoints import Checkpoints
 
 Schedule = Callable[[int, Callable[[], None]], None]
 
@@ -75,6 +77,20 @@ def test_checkpoints_are_callable_records_and_only_the_last_are_kept(lab: Lab, t
     assert last.name.startswith("ft:tiny/llama:local:colours:") and last.name.endswith(":ckpt-step-12")
     assert last.metrics["train_loss"] == lab.losses(job.id)[-1]
     fetch_adapter(lab.store.blobs, last.adapter, tmp_path / "cache")
+
+
+def test_the_steps_before_a_state_are_told_before_it_is_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", checkpoint_every_steps=5))
+    keep, told = Checkpoints.save, []
+
+    def save(self: Checkpoints, step: int, *arguments: Any) -> Path:
+        told.append((step, lab.steps(job.id)))
+        return keep(self, step, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    run_attempt(lab.settings, job.id, 1)
+
+    assert told == [(step, list(range(1, step + 1))) for step in (5, 6, 10, 12)]
 
 
 def test_a_killed_run_goes_on_to_the_very_same_adapter(lab: Lab, tmp_path: Path, at_step: Schedule) -> None:

@@ -129,6 +129,8 @@ class Steps(TrainerCallback):
     def save(self, trainer: LoraTrainer) -> None:
         """Keep the trainer's state on disk and make its adapter callable."""
         step = trainer.state.global_step
+        # First: a run that goes on from this state never tells of the steps before it again.
+        self._voice.heartbeat()
         path = self._checkpoints.save(step, trainer.save_state, {"metrics": self.metrics})
         self._publisher.checkpoint(path / STATE_ADAPTER, step, self.metrics, self._plan.rank)
         self._saved_at = self._clock()
