@@ -307,6 +307,9 @@ def _environment(home: Path, state: ClusterState) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         # Ray starts its workers at 15, replicas too: any other work of the machine would then come before a request.
         "RAY_worker_niceness": "0",
+        # Bases come in by `tuneloom bases`; nothing that runs asks a hub for anything, or tells it.
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
         MARKER: state.id,
         "TUNELOOM_HOME": str(home),
         "PYTHONUNBUFFERED": "1",

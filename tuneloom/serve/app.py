@@ -67,7 +67,7 @@ def _control(settings: Settings) -> dict[str, Any]:
 
 def _base(settings: Settings, base: BaseSettings) -> dict[str, Any]:
     # Threads that spin while they wait would take the machine from everything else on it.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     if base.engine.threads:
         environment["OMP_NUM_THREADS"] = str(base.engine.threads)
     deployment = {
