@@ -1,6 +1,5 @@
 """Training as it really runs: driver, Ray Train's controller and worker in processes of their own."""
 
-import json
 import os
 import secrets
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train.conftest import BASE_ID, Lab, colour_rows
+from tests.train.conftest import Lab
 from tests.train.test_attempt import final_adapter, run
 from tuneloom.domain import TrainOptions
 
@@ -113,22 +112,6 @@ def test_a_killed_worker_goes_on_to_the_very_same_adapter(
     assert len(output.splitlines()) < 200
 
 
-def test_a_killed_driver_is_followed_by_an_attempt_that_goes_on(
-    lab: Lab, start: Callable[..., subprocess.Popen]
-) -> None:
-    job = lab.add_job(options=OPTIONS, n_epochs=20)
-    driver = start(TUNELOOM_JOB=job.id, TUNELOOM_ATTEMPT="1")
-    wait_until(lambda: driver.poll() is not None or lab.progress(job.id).logged_step >= 25)
-    driver.kill()
-    lab.next_attempt(job.id)
-    again = start(TUNELOOM_JOB=job.id, TUNELOOM_ATTEMPT="2")
-    output, _ = again.communicate(timeout=120)
-
-    assert again.returncode == 0, output
-    assert lab.progress(job.id).outcome == "published"
-    assert lab.steps(job.id) == list(range(1, 121))
-
-
 def test_a_signal_saves_the_state_and_ends(lab: Lab, start: Callable[..., subprocess.Popen]) -> None:
     job = lab.add_job(options=TrainOptions(rank=4, precision="fp32"), n_epochs=50)
     driver = start(TUNELOOM_JOB=job.id, TUNELOOM_ATTEMPT="1")
@@ -141,20 +124,3 @@ def test_a_signal_saves_the_state_and_ends(lab: Lab, start: Callable[..., subpro
     assert lab.progress(job.id).outcome is None
     assert lab.checkpoint_steps(job.id) != before
     wait_until(lambda: not worker_pids(), timeout_s=30)
-
-
-def test_a_run_by_hand_makes_its_job_and_tells_how_to_call_it(
-    lab: Lab, tmp_path: Path, start: Callable[..., subprocess.Popen]
-) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in colour_rows(24)))
-    driver = start("--base", BASE_ID, "--data", str(data), "--model", "support-bot", "--epochs", "2", "--seed", "3")
-    wait_until(lambda: driver.poll() is not None or lab.store.records.jobs.query())
-    job = lab.store.records.jobs.query()[0].value
-    assert (job.self_launched, job.attempt_open, job.files_checked, job.spec.seed) == (True, True, True, 3)
-    wait_until(lambda: driver.poll() is not None or lab.progress(job.id).outcome == "published")
-    lab.register(job.id)
-    output, _ = driver.communicate(timeout=60)
-
-    assert driver.returncode == 0, output
-    assert "support-bot@v1" in output and 'model="support-bot"' in output
