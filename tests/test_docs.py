@@ -10,6 +10,8 @@ import pytest
 import typer.main
 
 from tuneloom.cli import app
+from tuneloom.domain import TrainOptions
+from tuneloom.serve.openai import IGNORED, REFUSED, Chat, Completion
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,3 +112,18 @@ def test_every_make_target_that_is_written_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
     assert set(re.findall(r"make (\w+)", README + (ROOT / ".ci" / "run").read_text())) - {"it"} <= targets
+
+
+def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
+
+    def fields(start: str) -> set[str]:
+        (row,) = [line for name, line in rows.items() if name.startswith(start)]
+        return set(re.findall(r"`([^`]+)`", row))
+
+    assert fields("ignored") == IGNORED | {"stream_options.include_obfuscation"}
+    assert fields("refused, unless") == REFUSED.keys()
+    honoured = fields("honoured in both") | fields("chat") | fields("completions")
+    assert (Chat.model_fields.keys() | Completion.model_fields.keys()) <= honoured
+    assert TrainOptions.model_fields.keys() <= fields("ours, in the object")
