@@ -27,12 +27,12 @@ MODEL = "headlines"
 LABELS = {"1": "sarcastic", "0": "serious"}
 SYSTEM = "Say whether the headline is sarcastic or serious. Answer with one word."
 
-N_ROWS = 1280
+N_ROWS = 1200
 EPOCHS = 1
-BATCH = 8
-LEARNING_RATE = 5e-4
+BATCH = 16
+LEARNING_RATE = 1e-3
 RANK = 16
-CHECKPOINT_EVERY = 40
+CHECKPOINT_EVERY = 25
 
 N_HELD_OUT = 240
 CONCURRENCY = 16
