@@ -124,6 +124,18 @@ def test_streams_of_a_killed_replica_end_in_an_error_event(home: Home, victim: s
     wait_for("an answer", lambda: answers(home), 60)
 
 
+def test_streams_do_not_notice_the_death_of_control(home: Home) -> None:
+    wait_for("an answer", lambda: answers(home), 60)
+    streams = [stream(home) for _ in range(4)]
+    for open_stream in streams:
+        next(open_stream)
+
+    home.kill(*REPLICA["control"])
+
+    for open_stream in streams:
+        assert [chunk.choices[0].finish_reason for chunk in open_stream][-1] == "length"
+
+
 def test_the_service_answers_again_within_60_s_after_each_replica_is_killed(home: Home) -> None:
     for victim in ("ingress", "base", "control"):
         home.kill(*REPLICA[victim])

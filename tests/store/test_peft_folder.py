@@ -137,7 +137,7 @@ def test_half_precision_is_accepted(folder: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [None, "", BASE, "Tiny/LLAMA", "/root/models/x", "./x", "../x", "a/b/c", "C:\\x", "~/x"]
+    "name", [None, "", BASE, "Tiny/LLAMA", "/srv/models/x", "./x", "../x", "a/b/c", "C:\\x", "~/x"]
 )
 def test_the_base_may_be_named_by_its_id_or_a_local_path(folder: Path, name: str | None) -> None:
     write_config(folder, base_model_name_or_path=name)
