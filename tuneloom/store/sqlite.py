@@ -100,7 +100,11 @@ class SqliteDocuments:
             self._is_closed = True
             self._drop_connections()
 
-    def _begin_child(self) -> None:
+    def _begin_child(self, *, is_quiet: bool) -> None:
+        if not is_quiet:
+            # A call was half done in one of them: closing it would wait for a thread that is not in this process.
+            _ABANDONED.extend(self._connections)
+            self._connections.clear()
         self._drop_connections()
         self._write_turn = threading.Lock()
 
@@ -198,9 +202,12 @@ class _Connection(sqlite3.Connection):
 _STORES: "weakref.WeakSet[SqliteDocuments]" = weakref.WeakSet()
 
 
-def _restart() -> None:
+_ABANDONED: list[sqlite3.Connection] = []
+
+
+def _restart(is_quiet: bool) -> None:
     for store in list(_STORES):
-        store._begin_child()
+        store._begin_child(is_quiet=is_quiet)
 
 
 _GATE = ForkGate(_restart)
