@@ -36,11 +36,28 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class ToolChoice:
+    """Whether the answer may (`auto`), must (`required`) or must not (`none`) call tools; `name`: this one it must."""
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    name: str | None = None
+    is_parallel: bool = True
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """The answer must be JSON: an object of any form, or what the JSON schema in `schema` (as text) allows."""
+
+    schema: str | None = None
+
+
+@dataclass(frozen=True)
 class ChatPrompt:
     """Messages as on the wire, already checked: dicts with `role`, `content` (str) and what the role allows."""
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,8 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 class GenerationRequest:
     """One call: choice `p * n + i` is sample `i` of prompt `p`. `deadline_s` is the time it may take in all.
 
-    `echo`: the prompt's text comes first in each choice (completions only).
+    `echo`: the prompt's text comes first in each choice (completions only). `priority`: the higher goes first among
+    requests of one owner.
     """
 
     id: str
@@ -70,6 +88,8 @@ class GenerationRequest:
     adapter: AdapterRef | None = None
     echo: bool = False
     deadline_s: float = 600.0
+    priority: int = 0
+    response_format: ResponseFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +117,16 @@ class Started:
 
 
 @dataclass(frozen=True)
+class ToolCallDelta:
+    """A piece of the answer's `index`-th tool call: `id` and `name` come first, `arguments` (JSON text) in pieces."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
 class Delta:
     """New text of one choice, never splitting a character. `finish_reason` is set on the choice's last delta."""
 
@@ -104,6 +134,7 @@ class Delta:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True)

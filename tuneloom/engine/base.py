@@ -12,6 +12,9 @@ from tuneloom.generation import FinishReason, SamplingParams
 class SequenceRequest:
     """One generation. `params.n`, `stop` and `max_tokens` None are resolved before: here n is 1, `stop` is unused
     and `max_tokens` is a number. Generation ends after a token of `stop_ids`, which is reported with the rest.
+
+    `priority`: the higher goes first among sequences of one owner; between owners tokens are shared fairly.
+    `grammar`: a grammar in llguidance's JSON form that the output must follow.
     """
 
     id: str
@@ -21,6 +24,8 @@ class SequenceRequest:
     owner: str
     adapter: AdapterRef | None = None
     deadline_s: float = 600.0
+    priority: int = 0
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)
