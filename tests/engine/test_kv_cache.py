@@ -59,7 +59,7 @@ def test_sequences_come_and_go_and_each_sees_its_own_past(data: st.DataObject):
         decoding = [slot for slot, kept in model.sequences.items() if kept]
         prompts = []
         for length in data.draw(st.lists(st.integers(1, 8), max_size=2)):
-            slot = model.cache.acquire()
+            slot = model.cache.acquire(24)
             if slot is not None:
                 model.sequences[slot] = []
                 prompts.append((slot, length))
@@ -75,7 +75,7 @@ def test_gaps_are_closed_when_they_are_many():
     torch.manual_seed(0)
     model = Model(DenseCache(8, 16, torch.float32, CPU), None)
     for _ in range(8):
-        slot = model.cache.acquire()
+        slot = model.cache.acquire(16)
         assert slot is not None
         model.sequences[slot] = []
     model.step([], [(slot, 3) for slot in range(8)])
@@ -92,7 +92,7 @@ def test_gaps_are_closed_when_they_are_many():
 @pytest.mark.parametrize("is_clean", [True, False])
 def test_only_an_unclean_slot_is_wiped(is_clean: bool):
     model = Model(DenseCache(1, 16, torch.float32, CPU), None)
-    model.sequences[model.cache.acquire() or 0] = []
+    model.sequences[model.cache.acquire(16) or 0] = []
     model.step([], [(0, 4)])
     model.cache.release(0, length=4, is_clean=is_clean)
     assert bool(model.cache._layers[0].key_BCLD.any()) == is_clean
@@ -100,5 +100,16 @@ def test_only_an_unclean_slot_is_wiped(is_clean: bool):
 
 def test_a_full_cache_has_no_slot():
     cache = DenseCache(2, 16, torch.float32, CPU)
-    assert (cache.acquire(), cache.acquire(), cache.acquire()) == (0, 1, None)
+    assert (cache.acquire(16), cache.acquire(16), cache.acquire(1)) == (0, 1, None)
     assert cache.num_tokens == 32
+
+
+def test_tokens_come_out_of_one_budget_and_go_back_to_it():
+    cache = DenseCache(3, 16, torch.float32, CPU, token_budget=20)
+    assert (cache.acquire(8), cache.acquire(8), cache.acquire(8)) == (0, 1, None)
+    assert cache.extend(0, 12) and not cache.extend(1, 9)
+    assert cache.extend(0, 4), "what is reserved stays"
+    assert cache.num_free_tokens == 0
+    cache.release(0, length=12, is_clean=True)
+    assert cache.num_free_tokens == 12
+    assert cache.extend(1, 16)

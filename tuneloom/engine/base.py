@@ -59,6 +59,15 @@ class AdapterState:
 
 @dataclass(frozen=True)
 class EngineStats:
+    """Numbers of one engine as of its last step.
+
+    `waiting_tokens`: tokens that waiting sequences must compute before their next one: what the queue costs.
+    `kv_tokens_used`: tokens that running sequences have reserved of the `kv_tokens_total` that fit.
+    `step_ms`, `step_tokens`, `tokens_per_s`: moving means of a step's time, of the tokens it computes (prompt and
+    answer), and of answer tokens per second of step time. `preemptions`: running sequences that gave up their place
+    for want of cache room and were computed anew later.
+    """
+
     running: int
     waiting: int
     kv_tokens_used: int
@@ -68,6 +77,10 @@ class EngineStats:
     tokens_generated: int
     adapter_loads: int
     adapter_evictions: int
+    waiting_tokens: int = 0
+    preemptions: int = 0
+    step_tokens: float = 0.0
+    tokens_per_s: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
 
 

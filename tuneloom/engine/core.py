@@ -202,7 +202,7 @@ class EngineCore:
             if slot is None:
                 return False
             sequence.adapter_slot = slot
-        sequence.cache_slot = self._cache.acquire()
+        sequence.cache_slot = self._cache.acquire(self.max_length)
         return True
 
     def _is_starved(self, sequence: Sequence) -> bool:

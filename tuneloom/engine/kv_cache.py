@@ -72,9 +72,24 @@ class CacheBatch:
 
 
 class KVCache(Protocol):
-    """Room for the keys and values of sequences, one slot each."""
+    """Room for the keys and values of sequences: a slot each, and tokens out of one budget that all share.
 
-    def acquire(self) -> int | None: ...
+    A sequence writes only what it has reserved. `num_tokens` is the budget; `num_free_tokens` of it are unreserved.
+    """
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_free_tokens(self) -> int: ...
+
+    def acquire(self, num_tokens: int) -> int | None:
+        """A free slot with room for `num_tokens`; None when no slot is free or the budget has not so many left."""
+        ...
+
+    def extend(self, slot: int, num_tokens: int) -> bool:
+        """Let the slot hold `num_tokens` in all; False, with nothing changed, when the budget has not so many left."""
+        ...
 
     def release(self, slot: int, *, length: int, is_clean: bool) -> None: ...
 
@@ -103,32 +118,53 @@ class _Layer:
 class DenseCache:
     """One long row per sequence. Decode attention reads the rows of low slots as a view, without a gather.
 
-    It is bounded by `num_slots * max_length` tokens, and that much address space is reserved when a layer first
-    attends. On a CPU a page is used only once a token is written to it, so memory follows the longest sequence that
-    each slot has held. Other devices pay for all of it at once.
+    Address space for `num_slots * max_length` tokens is reserved when a layer first attends. On a CPU a page is used
+    only once a token is written to it, so memory follows the longest sequence that each slot has held. Other devices
+    pay for all of it at once. `token_budget` bounds what all sequences together may hold; None: as much as fits.
     """
 
     num_slots: int
     max_length: int
     dtype: torch.dtype
     device: torch.device
+    token_budget: int | None = None
     _layers: dict[int, _Layer] = field(default_factory=dict)
     _free: list[int] = field(default_factory=list)
+    _reserved: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._free = list(range(self.num_slots))
+        self._num_free_tokens = self.num_tokens
 
     @property
     def num_tokens(self) -> int:
-        return self.num_slots * self.max_length
+        room = self.num_slots * self.max_length
+        return room if self.token_budget is None else min(room, self.token_budget)
+
+    @property
+    def num_free_tokens(self) -> int:
+        return self._num_free_tokens
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def acquire(self) -> int | None:
+    def acquire(self, num_tokens: int) -> int | None:
         """The lowest free slot, or None."""
-        return heapq.heappop(self._free) if self._free else None
+        if not self._free or num_tokens > self._num_free_tokens:
+            return None
+        slot = heapq.heappop(self._free)
+        self._reserved[slot] = num_tokens
+        self._num_free_tokens -= num_tokens
+        return slot
+
+    def extend(self, slot: int, num_tokens: int) -> bool:
+        more = max(0, num_tokens - self._reserved[slot])
+        if more > self._num_free_tokens:
+            return False
+        self._reserved[slot] += more
+        self._num_free_tokens -= more
+        return True
 
     def release(self, slot: int, *, length: int, is_clean: bool) -> None:
         """Free a slot. Unless `is_clean`, what it holds may not be finite and is wiped: masked positions are still
@@ -138,6 +174,7 @@ class DenseCache:
             for layer in self._layers.values():
                 layer.key_BCLD[slot, :, :length] = 0
                 layer.value_BCLD[slot, :, :length] = 0
+        self._num_free_tokens += self._reserved.pop(slot)
         heapq.heappush(self._free, slot)
 
     def compact(self, lengths: dict[int, int]) -> list[Move]:
@@ -154,6 +191,7 @@ class DenseCache:
             target = heapq.heappop(self._free)
             self._copy(source, target, lengths[source])
             heapq.heappush(self._free, source)
+            self._reserved[target] = self._reserved.pop(source)
             moves.append(Move(source, target))
             used = sorted([*used, target])
         return moves

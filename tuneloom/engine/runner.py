@@ -129,7 +129,7 @@ class Runner:
 
     def _try(self, ids: list[int], expected: Tensor, loaded: LoadedModel) -> None:
         """Prove on a short prompt, half as one chunk and the rest token by token, that the result is the base's."""
-        slot = self._cache.acquire()
+        slot = self._cache.acquire(len(ids))
         assert slot is not None
         half = len(ids) // 2
         step = StepAttention(self._cache, CacheBatch([], [], [Chunk(slot, 0, half, 0)], self._device))
