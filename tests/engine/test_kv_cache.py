@@ -3,10 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuneloom.engine.kv_cache import CacheBatch, Chunk, DenseCache
+from tuneloom.engine.kv_cache import CacheBatch, Chunk, DenseCache, KVShape
 
 CPU = torch.device("cpu")
 HEADS, GROUPS, WIDTH = 4, 2, 8
+SHAPE = KVShape(1, GROUPS, WIDTH, torch.float32)
 
 
 class Model:
@@ -50,7 +51,7 @@ class Model:
 @settings(max_examples=30, deadline=None)
 def test_sequences_come_and_go_and_each_sees_its_own_past(data: st.DataObject):
     torch.manual_seed(0)
-    model = Model(DenseCache(5, 24, torch.float32, CPU), data.draw(st.sampled_from([None, 6])))
+    model = Model(DenseCache(SHAPE, 5, 24, CPU), data.draw(st.sampled_from([None, 6])))
     for _ in range(data.draw(st.integers(1, 12))):
         ended = [slot for slot, kept in model.sequences.items() if len(kept) > 12 or data.draw(st.booleans())]
         for slot in ended:
@@ -73,7 +74,7 @@ def test_sequences_come_and_go_and_each_sees_its_own_past(data: st.DataObject):
 
 def test_gaps_are_closed_when_they_are_many():
     torch.manual_seed(0)
-    model = Model(DenseCache(8, 16, torch.float32, CPU), None)
+    model = Model(DenseCache(SHAPE, 8, 16, CPU), None)
     for _ in range(8):
         slot = model.cache.acquire(16)
         assert slot is not None
@@ -91,7 +92,7 @@ def test_gaps_are_closed_when_they_are_many():
 
 @pytest.mark.parametrize("is_clean", [True, False])
 def test_only_an_unclean_slot_is_wiped(is_clean: bool):
-    model = Model(DenseCache(1, 16, torch.float32, CPU), None)
+    model = Model(DenseCache(SHAPE, 1, 16, CPU), None)
     model.sequences[model.cache.acquire(16) or 0] = []
     model.step([], [(0, 4)])
     model.cache.release(0, length=4, is_clean=is_clean)
@@ -99,13 +100,13 @@ def test_only_an_unclean_slot_is_wiped(is_clean: bool):
 
 
 def test_a_full_cache_has_no_slot():
-    cache = DenseCache(2, 16, torch.float32, CPU)
+    cache = DenseCache(SHAPE, 2, 16, CPU)
     assert (cache.acquire(16), cache.acquire(16), cache.acquire(1)) == (0, 1, None)
     assert cache.num_tokens == 32
 
 
 def test_tokens_come_out_of_one_budget_and_go_back_to_it():
-    cache = DenseCache(3, 16, torch.float32, CPU, token_budget=20)
+    cache = DenseCache(SHAPE, 3, 16, CPU, token_budget=20)
     assert (cache.acquire(8), cache.acquire(8), cache.acquire(8)) == (0, 1, None)
     assert cache.extend(0, 12) and not cache.extend(1, 9)
     assert cache.extend(0, 4), "what is reserved stays"

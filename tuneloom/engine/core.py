@@ -18,7 +18,7 @@ from tuneloom.domain import AdapterRef
 from tuneloom.engine.adapter_files import read_adapter
 from tuneloom.engine.adapters import AdapterCache
 from tuneloom.engine.base import EngineStats, SequenceOutput, SequenceRequest, TokenOutput
-from tuneloom.engine.kv_cache import DenseCache
+from tuneloom.engine.kv_cache import DenseCache, KVShape
 from tuneloom.engine.loader import load_model
 from tuneloom.engine.lora import HostAdapter
 from tuneloom.engine.runner import Runner
@@ -74,7 +74,8 @@ class EngineCore:
         self.vocab_size = loaded.vocab_size
         self._fetch, self._clock = fetch, clock
         self._device, self._dtype = loaded.device, loaded.dtype
-        self._cache = DenseCache(config.max_sequences, self.max_length, loaded.dtype, loaded.device)
+        shape = KVShape.of(loaded.model.config.get_text_config(), loaded.dtype)
+        self._cache = DenseCache(shape, config.max_sequences, self.max_length, loaded.device)
         self._runner = Runner(loaded, self._cache, num_adapter_slots=config.adapter_slots, prepack=config.prepack)
         self.adapters = AdapterCache(
             config.adapter_slots, config.host_cache_bytes, self._read, self._runner.lora.write, wake, time.time

@@ -4,14 +4,16 @@ Shapes: T tokens of the batch · H heads · C key/value heads · Q = H / C · D 
 """
 
 import heapq
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tuneloom.engine.blocks import BLOCK_TOKENS, BlockPool
 from tuneloom.engine.linear import lazy_zeros
+from tuneloom.errors import InvalidRequest
 
 # Length of the decode view is rounded up, so that its shape, and what the allocator keeps for it, changes rarely.
 _LENGTH_STEP = 32
@@ -71,17 +73,56 @@ class CacheBatch:
         return self._masks[key]
 
 
+@dataclass(frozen=True)
+class KVShape:
+    """What a base keeps of each token: for each layer, keys and values of `num_groups` heads of `width` numbers."""
+
+    num_layers: int
+    num_groups: int
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype) -> "KVShape":
+        """That of a Hugging Face text config, whose optional fields default as the models themselves do it."""
+        heads = config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(config.num_hidden_layers, groups, width, dtype)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_groups * self.width * self.dtype.itemsize
+
+    def check(self, key_CTD: Tensor, value_CTD: Tensor) -> None:
+        """Raise InvalidRequest unless a layer's keys and values have this shape."""
+        for each in (key_CTD, value_CTD):
+            if (each.shape[0], each.shape[2]) != (self.num_groups, self.width):
+                raise InvalidRequest(
+                    f"A layer of this base has keys and values of {each.shape[0]} x {each.shape[2]} numbers a token, "
+                    f"its config says {self.num_groups} x {self.width}. It cannot share the engine's cache."
+                )
+
+
 class KVCache(Protocol):
     """Room for the keys and values of sequences: a slot each, and tokens out of one budget that all share.
 
     A sequence writes only what it has reserved. `num_tokens` is the budget; `num_free_tokens` of it are unreserved.
+    `pool` numbers the blocks in which prefixes are kept.
     """
+
+    pool: BlockPool
 
     @property
     def num_tokens(self) -> int: ...
 
     @property
     def num_free_tokens(self) -> int: ...
+
+    @property
+    def num_free(self) -> int:
+        """Slots that no sequence has."""
+        ...
 
     def acquire(self, num_tokens: int) -> int | None:
         """A free slot with room for `num_tokens`; None when no slot is free or the budget has not so many left."""
@@ -91,9 +132,28 @@ class KVCache(Protocol):
         """Let the slot hold `num_tokens` in all; False, with nothing changed, when the budget has not so many left."""
         ...
 
-    def release(self, slot: int, *, length: int, is_clean: bool) -> None: ...
+    def release(self, slot: int, *, length: int, is_clean: bool) -> None:
+        """Free a slot that holds `length` tokens. Unless `is_clean`, what it holds may not be finite and is wiped:
+        masked positions are still multiplied by zero, and zero times NaN would reach the next sequence there.
+        """
+        ...
 
-    def compact(self, lengths: dict[int, int]) -> list[Move]: ...
+    def compact(self, lengths: dict[int, int]) -> list[Move]:
+        """Move sequences to lower slots where that makes attention cheaper.
+
+        `lengths`: the tokens in each slot in use. The caller renames its slots by the moves, in order.
+        """
+        ...
+
+    def save(self, slot: int, index: int) -> int | None:
+        """A block with the slot's tokens from `index * BLOCK_TOKENS` on, which the caller uses until it drops it in
+        `pool`; None when there is no room for one.
+        """
+        ...
+
+    def attach(self, slot: int, index: int, blocks: list[int]) -> None:
+        """Let the slot hold the tokens of `blocks` as its blocks from `index` on, within what it has reserved."""
+        ...
 
     def attend(
         self,
@@ -105,7 +165,9 @@ class KVCache(Protocol):
         *,
         scaling: float | None,
         window: int | None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Write the batch's keys and values, and return (T, H, D) attention over what each token may see."""
+        ...
 
 
 @dataclass
@@ -114,32 +176,38 @@ class _Layer:
     value_BCLD: Tensor
 
 
-@dataclass
 class DenseCache:
     """One long row per sequence. Decode attention reads the rows of low slots as a view, without a gather.
 
-    Address space for `num_slots * max_length` tokens is reserved when a layer first attends. On a CPU a page is used
-    only once a token is written to it, so memory follows the longest sequence that each slot has held. Other devices
-    pay for all of it at once. `token_budget` bounds what all sequences together may hold; None: as much as fits.
+    Address space for `num_slots * max_length` tokens and for `prefix_blocks` copies of blocks is reserved at once. On
+    a CPU a page is used only once a token is written to it, so memory follows the longest sequence that each slot has
+    held. Other devices pay for all of it. `token_budget` bounds what all sequences together may hold; None: as much as
+    fits.
     """
 
-    num_slots: int
-    max_length: int
-    dtype: torch.dtype
-    device: torch.device
-    token_budget: int | None = None
-    _layers: dict[int, _Layer] = field(default_factory=dict)
-    _free: list[int] = field(default_factory=list)
-    _reserved: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._free = list(range(self.num_slots))
+    def __init__(
+        self,
+        shape: KVShape,
+        num_slots: int,
+        max_length: int,
+        device: torch.device,
+        *,
+        token_budget: int | None = None,
+        prefix_blocks: int = 0,
+    ) -> None:
+        self.shape, self.num_slots, self.max_length = shape, num_slots, max_length
+        self.num_tokens = num_slots * max_length if token_budget is None else min(num_slots * max_length, token_budget)
+        self.pool = BlockPool(prefix_blocks)
+        layers, groups, width = shape.num_layers, shape.num_groups, shape.width
+        # One tensor for all layers: a block moves in one strided copy. A layer's part is contiguous.
+        self._rows = lazy_zeros(layers, 2, num_slots, groups, max_length, width, dtype=shape.dtype, device=device)
+        self._blocks = lazy_zeros(
+            max(1, prefix_blocks), layers, 2, groups, BLOCK_TOKENS, width, dtype=shape.dtype, device=device
+        )
+        self._layers = [_Layer(*self._rows[layer]) for layer in range(shape.num_layers)]
+        self._free = list(range(num_slots))
+        self._reserved: dict[int, int] = {}
         self._num_free_tokens = self.num_tokens
-
-    @property
-    def num_tokens(self) -> int:
-        room = self.num_slots * self.max_length
-        return room if self.token_budget is None else min(room, self.token_budget)
 
     @property
     def num_free_tokens(self) -> int:
@@ -167,21 +235,13 @@ class DenseCache:
         return True
 
     def release(self, slot: int, *, length: int, is_clean: bool) -> None:
-        """Free a slot. Unless `is_clean`, what it holds may not be finite and is wiped: masked positions are still
-        multiplied by zero, and zero times NaN would reach the next sequence in the slot.
-        """
         if not is_clean:
-            for layer in self._layers.values():
-                layer.key_BCLD[slot, :, :length] = 0
-                layer.value_BCLD[slot, :, :length] = 0
+            self._rows[:, :, slot, :, :length] = 0
         self._num_free_tokens += self._reserved.pop(slot)
         heapq.heappush(self._free, slot)
 
     def compact(self, lengths: dict[int, int]) -> list[Move]:
-        """Close gaps when they are more than a quarter of the rows that attention would read.
-
-        `lengths`: the tokens in each slot in use. The caller renames its slots by the moves, in order.
-        """
+        """Close gaps when they are more than a quarter of the rows that attention would read."""
         moves: list[Move] = []
         used = sorted(lengths)
         if not used or (used[-1] + 1 - len(used)) * 4 <= used[-1] + 1:
@@ -189,12 +249,23 @@ class DenseCache:
         while used[-1] >= len(used):
             source = used.pop()
             target = heapq.heappop(self._free)
-            self._copy(source, target, lengths[source])
+            length = lengths[source]
+            self._rows[:, :, target, :, :length] = self._rows[:, :, source, :, :length]
             heapq.heappush(self._free, source)
             self._reserved[target] = self._reserved.pop(source)
             moves.append(Move(source, target))
             used = sorted([*used, target])
         return moves
+
+    def save(self, slot: int, index: int) -> int | None:
+        block = self.pool.take()
+        if block is not None:
+            self._blocks[block] = self._rows[:, :, slot, :, index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+        return block
+
+    def attach(self, slot: int, index: int, blocks: list[int]) -> None:
+        for at, block in enumerate(blocks, index):
+            self._rows[:, :, slot, :, at * BLOCK_TOKENS : (at + 1) * BLOCK_TOKENS] = self._blocks[block]
 
     def attend(
         self,
@@ -207,8 +278,8 @@ class DenseCache:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """Write the batch's keys and values, and return (T, H, D) attention over what each token may see."""
-        store = self._layers.get(layer) or self._allocate(layer, key_CTD, value_CTD)
+        self.shape.check(key_CTD, value_CTD)
+        store = self._layers[layer]
         parts = []
         if batch.num_decoding:
             count = batch.num_decoding
@@ -222,21 +293,6 @@ class DenseCache:
             store.value_BCLD[chunk.slot, :, places] = value_CTD[:, tokens]
             parts.append(_prefill(store, query_HTD[:, tokens], batch, chunk, scaling, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _allocate(self, layer: int, key_CTD: Tensor, value_CTD: Tensor) -> _Layer:
-        key, value = (
-            lazy_zeros(
-                self.num_slots, each.shape[0], self.max_length, each.shape[2], dtype=self.dtype, device=self.device
-            )
-            for each in (key_CTD, value_CTD)
-        )
-        store = self._layers[layer] = _Layer(key, value)
-        return store
-
-    def _copy(self, source: int, target: int, length: int) -> None:
-        for layer in self._layers.values():
-            layer.key_BCLD[target, :, :length] = layer.key_BCLD[source, :, :length]
-            layer.value_BCLD[target, :, :length] = layer.value_BCLD[source, :, :length]
 
 
 def _decode(store: _Layer, query_THD: Tensor, batch: CacheBatch, scaling: float | None, window: int | None) -> Tensor:

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 # Rows that oneDNN lays the weight out for; the layout serves any number of rows.
 _PACKED_FOR_ROWS = 32
 _PACKED_TOLERANCE = 2e-2
+# Of Linux; Python's `mmap` module names it from 3.13 on.
+_MAP_NORESERVE = 0x4000
 
 
 class Product:
@@ -71,7 +73,9 @@ def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
     # Straight from the kernel: the C allocator hands out recycled memory, and writes zeros over it.
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Not reserved: the kernel refuses a single mapping above all of the memory, even if little of it gets used.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
