@@ -1,0 +1,48 @@
+"""The other side of most ratios: transformers and PEFT, one request at a time, `set_adapter` then `generate`."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tuneloom.domain import AdapterRef
+
+
+class PeftSide:
+    """A base with all its adapters in memory."""
+
+    def __init__(self, base: Path, adapters: Sequence[AdapterRef], dtype: str) -> None:
+        kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=kind)
+        # Adapters in the base's own type: faster for PEFT than its default, which keeps them in fp32.
+        first, *others = adapters
+        self._model = PeftModel.from_pretrained(
+            model, first.uri, adapter_name=first.sha256, autocast_adapter_dtype=False
+        )
+        for ref in others:
+            self._model.load_adapter(ref.uri, adapter_name=ref.sha256, autocast_adapter_dtype=False)
+        self._model.to(kind).eval()
+
+    @torch.inference_mode()
+    def answer(self, prompt: Sequence[int], new_tokens: int, adapter: AdapterRef) -> list[int]:
+        self._model.set_adapter(adapter.sha256)
+        ids = torch.tensor([list(prompt)])
+        answer = self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return answer[0, len(prompt) :].tolist()
+
+    def seconds(self, prompts: Sequence[Sequence[int]], new_tokens: int, adapters: Sequence[AdapterRef]) -> float:
+        """The time of all prompts, one after another, over the adapters in turn."""
+        started = time.perf_counter()
+        for i, prompt in enumerate(prompts):
+            self.answer(prompt, new_tokens, adapters[i % len(adapters)])
+        return time.perf_counter() - started
