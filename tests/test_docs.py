@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 import pytest
 import typer.main
+import yaml
 
 from tuneloom.cli import app
+from tuneloom.config import EngineSettings
 from tuneloom.domain import TrainOptions
 from tuneloom.serve.openai import IGNORED, REFUSED, Chat, Completion
 
@@ -127,3 +129,10 @@ def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
     honoured = fields("honoured in both") | fields("chat") | fields("completions")
     assert (Chat.model_fields.keys() | Completion.model_fields.keys()) <= honoured
     assert TrainOptions.model_fields.keys() <= fields("ours, in the object")
+
+
+def test_the_engine_page_lists_every_option_with_its_default():
+    page = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \| .+ \|$", page, re.MULTILINE)
+    written = {name: yaml.safe_load(default) for name, default in rows}
+    assert written == {name: field.default for name, field in EngineSettings.model_fields.items()}
