@@ -8,10 +8,10 @@ import contextlib
 import os
 import secrets
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tuneloom.errors import InvalidRequest
 
@@ -38,17 +38,67 @@ class EngineSettings(Section):
     max_rank: int = Field(64, ge=1, description="largest adapter rank accepted")
     host_cache_bytes: int = Field(1 << 30, ge=0, description="adapters kept in host memory, ready to copy")
     disk_cache_bytes: int = Field(16 << 30, ge=0, description="adapters kept on local disk")
+    adapter_timeout_s: float = Field(
+        60.0, gt=0, description="seconds a request waits for its adapter; then it gets 503"
+    )
+    adapter_loaders: int = Field(4, ge=1, description="adapters that are read at once")
+    adapter_failure_s: float = Field(5.0, ge=0, description="seconds that a missing or broken adapter is remembered")
+    adapter_idle_s: float | None = Field(
+        None, gt=0, description="seconds unused after which an adapter leaves the device and host memory; None: never"
+    )
     threads: int = Field(0, ge=0)
 
 
 class BaseSettings(Section):
-    """A base that is served and trained on."""
+    """A base that is served and trained on.
+
+    The number of its replicas, processes that each hold all of it, is fixed (`replicas`), or follows the load between
+    `min_replicas` and `max_replicas`.
+    """
 
     id: str
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, description="replicas while neither limit below says otherwise")
+    min_replicas: int | None = Field(
+        None, ge=0, description="fewest replicas; 0: none while nobody asks; None: `replicas`"
+    )
+    max_replicas: int | None = Field(None, ge=1, description="most replicas; None: `replicas`")
+    target_waiting_tokens: int = Field(
+        4096, ge=1, description="tokens that may wait to be computed in each replica before there is one more"
+    )
+    scale_window_s: float = Field(10.0, gt=0, description="time over which the load is averaged")
+    scale_up_delay_s: float = Field(5.0, ge=0, description="time that it takes too long before replicas are added")
+    scale_down_delay_s: float = Field(300.0, ge=0, description="time that fewer replicas would do before one ends")
+    scale_to_zero_delay_s: float = Field(900.0, ge=0, description="time without a request before the last one ends")
+    warmup_s: float = Field(
+        10.0, ge=0, description="most time a new replica spends on loading the adapters that it will get; 0: none"
+    )
+    load_factor: float = Field(
+        1.25, ge=1, description="an adapter's replica is passed over when its queue is this many times the mean..."
+    )
+    load_slack: int = Field(2, ge=1, description="...and this many requests more")
+    spread_rate: float = Field(
+        4.0,
+        gt=0,
+        description="requests per second of one adapter, at one gateway, up to which it stays on one replica; above it "
+        "on two, then four...",
+    )
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
     engine: EngineSettings = EngineSettings()
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or max(self.replicas, self.min_replicas or 0)
+
+    @property
+    def fewest_replicas(self) -> int:
+        return min(self.replicas, self.most_replicas) if self.min_replicas is None else self.min_replicas
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> Self:
+        if self.fewest_replicas > self.most_replicas:
+            raise ValueError(f"`min_replicas` {self.min_replicas} is above `max_replicas` {self.max_replicas}")
+        return self
 
 
 class GatewaySettings(Section):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.adapters import AdapterCache
 from tuneloom.engine.lora import HostAdapter
-from tuneloom.errors import AdapterRejected, NotFound
+from tuneloom.errors import AdapterRejected, Conflict
 
 SIZE = 100
 
@@ -101,14 +101,14 @@ def test_the_slot_that_was_used_longest_ago_goes_first(tiers: Tiers):
 
 def test_a_pinned_adapter_keeps_its_slot(tiers: Tiers):
     tiers.take("a")
-    tiers.cache.pin("a", True)
+    tiers.cache.pin(ref("a"), True)
     tiers.cache.release(ref("a"))
     for name in ("b", "c", "d"):
         tiers.take(name)
         tiers.cache.release(ref(name))
     assert tiers.tiers()["a"] == "slot"
-    with pytest.raises(NotFound):
-        tiers.cache.pin("unknown", True)
+    with pytest.raises(Conflict, match="one of 2 slots stays free"):
+        tiers.cache.pin(ref("d"), True)
 
 
 def test_host_memory_is_bounded_and_an_evicted_adapter_is_read_again():

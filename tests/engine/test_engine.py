@@ -11,7 +11,7 @@ from tests.engine.conftest import GREEDY, fetch_local, ref_of, request
 from tuneloom.engine.base import SequenceRequest
 from tuneloom.engine.core import EngineConfig
 from tuneloom.engine.engine import LocalEngine
-from tuneloom.errors import AdapterRejected, ContextLengthExceeded, InvalidRequest, NotFound, Overloaded, TuneloomError
+from tuneloom.errors import AdapterRejected, ContextLengthExceeded, InvalidRequest, Overloaded, TuneloomError
 
 pytestmark = pytest.mark.anyio
 
@@ -134,10 +134,8 @@ async def test_drain_and_close_end_what_takes_too_long(tiny_base, tiny_prompts):
 async def test_adapters_can_be_loaded_pinned_and_evicted(tiny_base, tiny_adapters, tiny_prompts):
     ref = ref_of(tiny_adapters[0], rank=4)
     async with running(tiny_base) as engine:
-        with pytest.raises(NotFound):
-            await engine.pin_adapter(ref.sha256, True)
         await engine.load_adapter(ref)
-        await engine.pin_adapter(ref.sha256, True)
+        await engine.pin_adapter(ref, True)
         assert [(state.tier, state.is_pinned) for state in engine.adapters()] == [("host", True)]
         await answer(engine, request("r", tiny_prompts[1], adapter=ref))
         await until(lambda: engine.stats().running == 0)

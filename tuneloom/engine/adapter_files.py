@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +16,67 @@ from tuneloom.engine.lora import HostAdapter
 from tuneloom.errors import AdapterRejected
 
 _PREFIX = "base_model.model."
-# What would change the result beyond scale * B A, and the values under which it does not.
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What the scale is computed from.
+_READ = frozenset({"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"})
+# What does not change the result of a trained adapter, whatever it says.
+_HARMLESS = frozenset(
+    {
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_dropout",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "target_modules",
+        "task_type",
+    }
+)
+# What changes the result beyond scale * B A, but not under these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "use_bdlora": (None, False),
-    "lora_bias": (None, False),
-    "fan_in_fan_out": (None, False),
     "bias": (None, "none"),
-    "modules_to_save": (None, []),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
+    "runtime_config": (None, {}, {"ephemeral_gpu_offload": False}),
 }
+# PEFT writes one of these for each variant of LoRA that was not used.
+_UNUSED: tuple[Any, ...] = (None, False, {}, [], "")
 # PEFT reads the keys of a pattern as regular expressions; without quantifiers they cannot run away.
 _PATTERN_KEY = re.compile(r"[\w.^|]{1,300}")
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's numbers are among all numbers of the file."""
+
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
 def read_adapter(
-    folder: Path, shapes: Mapping[str, tuple[int, int]], *, max_rank: int, dtype: torch.dtype
+    folder: Path, shapes: Mapping[str, tuple[int, int]], *, max_rank: int, dtype: torch.dtype, pin_memory: bool = False
 ) -> HostAdapter:
     """Read an adapter for a base whose layers have `shapes`: name -> (outputs, inputs).
+
+    The file is read at once and converted by few operations on all of it: they run without Python's lock, which the
+    step thread needs. `pin_memory`: into memory that a GPU can copy from by itself.
 
     Raises:
         AdapterRejected: it is no plain LoRA for this base; the message names the reason.
     """
     config = _read_config(folder)
-    tensors = _read_tensors(folder)
-    factors = {}
-    for name in sorted({key.rsplit(".lora_", 1)[0] for key in tensors}):
-        a_RK, b_NR = tensors.pop(f"{name}.lora_A.weight", None), tensors.pop(f"{name}.lora_B.weight", None)
-        module = name.removeprefix(_PREFIX)
-        if a_RK is None or b_NR is None or module not in shapes:
-            raise AdapterRejected(f"The adapter changes `{module}`, which is no adaptable linear layer of this base.")
-        _check_shapes(module, a_RK, b_NR, shapes[module], max_rank)
-        scale = _scale(config, module, a_RK.shape[0])
-        factors[module] = (a_RK.to(dtype).contiguous(), (b_NR.float().t() * scale).to(dtype).contiguous())
-    if tensors or not factors:
-        raise AdapterRejected(f"The adapter holds unexpected weights: {sorted(tensors)[:3] or 'none at all'}.")
-    return HostAdapter(
-        rank=max(a.shape[0] for a, _ in factors.values()),
-        size_bytes=sum(a.nbytes + b.nbytes for a, b in factors.values()),
-        factors=factors,
-    )
+    places, values = _read_tensors(folder)
+    pairs = _pair(places, shapes, max_rank)
+    return _convert(config, pairs, values, dtype, pin_memory)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -71,34 +84,109 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterRejected("The adapter has no readable `adapter_config.json`.") from error
-    if config.get("peft_type") != "LORA":
-        raise AdapterRejected(f"Only LoRA adapters are served, this is `{config.get('peft_type')}`.")
-    for key, values in _NEUTRAL.items():
-        if config.get(key) not in values:
-            raise AdapterRejected(f"`{key}` = {config[key]!r} is not supported. Train the adapter without it.")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise AdapterRejected(f"Only LoRA adapters are served, this is `{kind}`.")
+    for key in sorted(config.keys() - _READ - _HARMLESS):
+        if config[key] not in _NEUTRAL.get(key, _UNUSED):
+            value = repr(config[key])[:100]
+            raise AdapterRejected(f"`{key}` = {value} is not supported. Train the adapter without it.")
     for key in (*(config.get("alpha_pattern") or {}), *(config.get("rank_pattern") or {})):
         if not _PATTERN_KEY.fullmatch(key):
             raise AdapterRejected(f"The pattern {key[:80]!r} is not supported. Name modules in patterns plainly.")
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path) -> tuple[dict[str, _Place], Tensor]:
+    """The places of all tensors, and their numbers in one flat tensor: in the file's format if it has but one."""
+    path = folder / "adapter_model.safetensors"
+    places, kinds, at = {}, [], 0
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        with safe_open(path, framework="pt") as file:
+            # The format leaves no gaps, so order and shapes tell where each tensor is.
+            for name in file.offset_keys():
+                part = file.get_slice(name)
+                place = places[name] = _Place(at, tuple(part.get_shape()))
+                kinds.append((part.get_dtype(), place.size))
+                at += place.size
+        data = _read_data(path)
     except (OSError, SafetensorError) as error:
         raise AdapterRejected("The adapter has no readable `adapter_model.safetensors`.") from error
+    foreign = {kind for kind, _ in kinds} - _DTYPES.keys()
+    if foreign:
+        raise AdapterRejected(f"The adapter has weights as {sorted(foreign)}. Save it as F32, F16 or BF16.")
+    if len({kind for kind, _ in kinds}) == 1:
+        return places, data.view(_DTYPES[kinds[0][0]])
+    parts = data.split([size * _DTYPES[kind].itemsize for kind, size in kinds])
+    # A copy of each: a format of four bytes may start at any even byte behind one of two.
+    floats = [part.clone().view(_DTYPES[kind]).float() for part, (kind, _) in zip(parts, kinds, strict=True)]
+    return places, torch.cat(floats) if floats else torch.empty(0)
 
 
-def _check_shapes(module: str, a_RK: Tensor, b_NR: Tensor, shape: tuple[int, int], max_rank: int) -> None:
-    rank = a_RK.shape[0]
-    if a_RK.dim() != 2 or b_NR.shape != (shape[0], rank) or a_RK.shape[1] != shape[1]:
+def _read_data(path: Path) -> Tensor:
+    with path.open("rb") as file:
+        head = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(head)
+        data = torch.empty(path.stat().st_size - head, dtype=torch.uint8)
+        if file.readinto(data.numpy()) != data.numel():
+            raise OSError("the file became shorter")
+    return data
+
+
+def _pair(
+    places: Mapping[str, _Place], shapes: Mapping[str, tuple[int, int]], max_rank: int
+) -> dict[str, tuple[_Place, _Place]]:
+    """Module -> places of A and B, if that is all there is and it fits the base."""
+    rest = dict(places)
+    pairs = {}
+    for name in sorted({key.rsplit(".lora_", 1)[0] for key in places}):
+        a, b = rest.pop(f"{name}.lora_A.weight", None), rest.pop(f"{name}.lora_B.weight", None)
+        module = name.removeprefix(_PREFIX)
+        if a is None or b is None or module not in shapes:
+            raise AdapterRejected(f"The adapter changes `{module}`, which is no adaptable linear layer of this base.")
+        _check_shapes(module, a.shape, b.shape, shapes[module], max_rank)
+        pairs[module] = (a, b)
+    if rest or not pairs:
+        raise AdapterRejected(f"The adapter holds unexpected weights: {sorted(rest)[:3] or 'none at all'}.")
+    return pairs
+
+
+def _check_shapes(module: str, a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, int], max_rank: int) -> None:
+    outputs, inputs = shape
+    if len(a) != 2 or a[1] != inputs or b != (outputs, a[0]):
         raise AdapterRejected(
-            f"`{module}`: A {tuple(a_RK.shape)} and B {tuple(b_NR.shape)} do not fit a layer "
-            f"of {shape[1]} inputs and {shape[0]} outputs. The adapter belongs to another base."
+            f"`{module}`: A {a} and B {b} do not fit a layer of {inputs} inputs and {outputs} outputs. "
+            "The adapter belongs to another base."
         )
-    if rank > max_rank:
-        raise AdapterRejected(f"Rank {rank} is above this engine's limit: {max_rank}.")
+    if a[0] > max_rank:
+        raise AdapterRejected(f"Rank {a[0]} is above this engine's limit: {max_rank}.")
+
+
+@torch.inference_mode()
+def _convert(
+    config: Mapping[str, Any],
+    pairs: Mapping[str, tuple[_Place, _Place]],
+    values: Tensor,
+    dtype: torch.dtype,
+    pin_memory: bool,
+) -> HostAdapter:
+    """A and B, transposed and scaled, of all modules in one piece of memory."""
+    places = [place for pair in pairs.values() for place in pair]
+    values = values.float()
+    found = [values[place.start : place.start + place.size].view(place.shape) for place in places]
+    room = torch.empty(sum(place.size for place in places), dtype=dtype, pin_memory=pin_memory)
+    parts = room.split([place.size for place in places])
+    a_parts = [part.view(place.shape) for part, place in zip(parts[::2], places[::2], strict=True)]
+    b_parts = [part.view(place.shape[::-1]) for part, place in zip(parts[1::2], places[1::2], strict=True)]
+    scales = [_scale(config, module, a.shape[0]) for module, (a, _) in pairs.items()]
+    scaled = torch._foreach_mul(found[1::2], scales)
+    torch._foreach_copy_(a_parts, found[::2])
+    torch._foreach_copy_(b_parts, [b_NR.t() for b_NR in scaled])
+    return HostAdapter(
+        rank=max(a.shape[0] for a in a_parts),
+        size_bytes=room.nbytes,
+        factors=dict(zip(pairs, zip(a_parts, b_parts, strict=True), strict=True)),
+    )
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -2,32 +2,38 @@
 
 Loads run in threads of their own, one per adapter at a time. Slots are taken and given back by the step thread only;
 everything else may be called from any thread. Nothing that a sequence uses or that is pinned is evicted, and what a
-sequence waits for goes last.
+sequence waits for goes last. No call but `states` takes longer the more adapters are known.
 """
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from tuneloom.domain import AdapterRef
-from tuneloom.engine.base import AdapterState
+from tuneloom.engine.base import AdapterState, TierStats
 from tuneloom.engine.lora import HostAdapter
-from tuneloom.errors import NotFound, Overloaded, TuneloomError
+from tuneloom.errors import Conflict, Overloaded, TuneloomError
 
 logger = logging.getLogger(__name__)
 
-# How long a failed load is remembered, so that a broken adapter is not read for each request.
-_FAILURE_MEMORY_S = 5.0
+# A failure that may pass by itself, such as that of a network, is remembered no longer than this.
+_PASSING_FAILURE_S = 1.0
 
 
 @dataclass
 class Counters:
+    """`slot_*` count requests that began to run, `host_*` requests that came while their adapter had no slot."""
+
     slot_hits: int = 0
     slot_fills: int = 0
+    slot_fill_s: float = 0.0
     slot_evictions: int = 0
+    host_hits: int = 0
+    host_misses: int = 0
     host_evictions: int = 0
     loads: int = 0
     load_failures: int = 0
@@ -40,6 +46,7 @@ class _Entry:
     host: HostAdapter | None = None
     slot: int | None = None
     loading: Future[None] | None = None
+    is_urgent: bool = False
     failure: TuneloomError | None = None
     failed_at: float = 0.0
     num_waiting: int = 0
@@ -47,10 +54,17 @@ class _Entry:
     is_pinned: bool = False
     evict_when_free: bool = False
     last_used_at: float = 0.0
+    # What the totals of the cache hold of this entry.
+    counted: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def is_needed(self) -> bool:
         return bool(self.num_waiting or self.num_running or self.is_pinned)
+
+    @property
+    def is_held(self) -> bool:
+        """Its host copy is the only one, and somebody needs it."""
+        return self.slot is None and self.is_needed
 
     @property
     def tier(self) -> str:
@@ -58,7 +72,15 @@ class _Entry:
             return "slot"
         if self.host is not None:
             return "host"
-        return "loading" if self.loading is not None else "none"
+        if self.loading is not None:
+            return "loading"
+        return "none" if self.failure is None else "failed"
+
+    def count(self) -> tuple[int, int, int]:
+        """Bytes in host memory, bytes there that only wait for a slot, bytes on their way."""
+        size = self.host.size_bytes if self.host is not None else 0
+        waiting = size if self.slot is None and self.num_waiting else 0
+        return size, waiting, self.ref.size_bytes if self.loading is not None else 0
 
 
 @dataclass
@@ -66,7 +88,9 @@ class AdapterCache:
     """The adapters of one engine.
 
     `load` reads an adapter into host memory and may block; `write` copies one into a slot; `wake` is called from a
-    loading thread when a load has ended.
+    loading thread when a load has ended; `slot_bytes` tells what a slot holds on the device. Adapters unused for
+    `idle_s` leave slots and host memory (None: only when room is needed); a failed load is answered from memory for
+    `failure_s`.
     """
 
     num_slots: int
@@ -75,13 +99,24 @@ class AdapterCache:
     write: Callable[[int, HostAdapter], None]
     wake: Callable[[], None]
     clock: Callable[[], float]
-    num_loaders: int = 2
+    num_loaders: int = 4
+    failure_s: float = 5.0
+    idle_s: float | None = None
+    slot_bytes: Callable[[], int] = lambda: 0
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
-        # Least recently used first.
+        # All three: least recently used first.
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._in_host: OrderedDict[str, _Entry] = OrderedDict()
+        self._in_slot: OrderedDict[str, _Entry] = OrderedDict()
+        self._failed: OrderedDict[str, _Entry] = OrderedDict()
+        # Loads that wait for room in host memory, first come first.
+        self._deferred: OrderedDict[str, _Entry] = OrderedDict()
+        self._num_pinned = 0
+        self._host_used = self._host_waiting = self._host_coming = 0
+        self._slot_bytes = self.slot_bytes()
         self._free_slots = list(range(self.num_slots, 0, -1))
         self._pool = ThreadPoolExecutor(self.num_loaders, thread_name_prefix="adapter-load")
         self._is_closed = False
@@ -90,7 +125,13 @@ class AdapterCache:
         """A sequence waits for `ref`: load it, and keep it. Pair with `forget` or `acquire`."""
         with self._lock:
             entry = self._entry(ref)
+            if entry.slot is None:
+                if entry.host is not None:
+                    self.counters.host_hits += 1
+                else:
+                    self.counters.host_misses += 1
             entry.num_waiting += 1
+            self._recount(entry)
             self._start_load(entry)
 
     def forget(self, ref: AdapterRef) -> None:
@@ -105,6 +146,11 @@ class AdapterCache:
             entry = self._entries[ref.sha256]
             return entry.slot is not None or entry.host is not None
 
+    def is_resident(self, ref: AdapterRef) -> bool:
+        """Whether it is in a slot at this moment: a sequence that uses it can run without another's leaving."""
+        with self._lock:
+            return ref.sha256 in self._in_slot
+
     def acquire(self, ref: AdapterRef) -> int | None:
         """The slot of an expected adapter, filled and held until `release`; None while it loads or no slot is free.
 
@@ -113,25 +159,24 @@ class AdapterCache:
         """
         with self._lock:
             entry = self._entries[ref.sha256]
-            if entry.failure is not None and entry.host is None:
-                raise _copy_of(entry.failure)
-            if entry.slot is None:
-                if entry.host is None:
-                    self._start_load(entry)
-                    return None
-                slot = self._take_slot()
-                if slot is None:
-                    return None
-                self.write(slot, entry.host)
-                entry.slot = slot
-                self.counters.slot_fills += 1
-            else:
+            if entry.slot is not None:
                 self.counters.slot_hits += 1
-            entry.num_waiting -= 1
-            entry.num_running += 1
-            self._touch(entry)
-            self._shrink_host()
-            return entry.slot
+                self._run(entry)
+                return entry.slot
+            host = entry.host
+            if host is None:
+                if entry.failure is not None:
+                    raise _copy_of(entry.failure)
+                self._start_load(entry)
+                return None
+            slot = self._take_slot()
+            if slot is None:
+                return None
+            entry.slot = slot
+            self._in_slot[ref.sha256] = entry
+            self._run(entry)
+        self._fill(entry, slot, host)
+        return slot
 
     def release(self, ref: AdapterRef) -> None:
         with self._lock:
@@ -146,32 +191,61 @@ class AdapterCache:
             if self._is_closed:
                 raise Overloaded("The engine is closing.", retry_after_s=1)
             entry = self._entry(ref)
-            if entry.host is None and entry.slot is None:
-                self._start_load(entry, is_urgent=True)
+            self._start_load(entry, is_urgent=True)
             if entry.loading is not None:
                 return entry.loading
             done: Future[None] = Future()
-            if entry.failure is not None:
-                done.set_exception(_copy_of(entry.failure))
-            else:
-                done.set_result(None)
+            _finish(done, entry.failure)
             return done
 
     def evict(self, sha256: str) -> None:
-        """Drop an adapter from all tiers, now or as soon as nothing uses it. Absent is fine."""
+        """Drop an adapter from all tiers, now or as soon as nothing uses it, pinned or not. Absent is fine."""
         with self._lock:
             entry = self._entries.get(sha256)
             if entry is not None:
-                entry.is_pinned, entry.evict_when_free = False, True
+                self._set_pinned(entry, False)
+                entry.evict_when_free = True
+                self._forget_failure(entry)
                 self._settle(entry)
 
-    def pin(self, sha256: str, is_pinned: bool) -> None:
+    def pin(self, ref: AdapterRef, is_pinned: bool) -> None:
+        """Load an adapter and keep it, and its slot once it has one; or let it go its way.
+
+        Raises:
+            Conflict: it would leave no slot for adapters that are not pinned.
+        """
         with self._lock:
-            entry = self._entries.get(sha256)
-            if entry is None:
-                raise NotFound(f"The adapter `{sha256[:12]}` is not loaded here. Load it first.")
-            entry.is_pinned = is_pinned
-            self._settle(entry)
+            if not is_pinned:
+                entry = self._entries.get(ref.sha256)
+                if entry is not None:
+                    self._set_pinned(entry, False)
+                    self._settle(entry)
+                return
+            entry = self._entry(ref)
+            if not entry.is_pinned and self._num_pinned >= self.num_slots - 1:
+                self._settle(entry)
+                raise Conflict(
+                    f"{self._num_pinned} adapters are pinned here, and one of {self.num_slots} slots stays free for "
+                    "the rest. Unpin another, or raise `adapter_slots`."
+                )
+            self._set_pinned(entry, True)
+            self._start_load(entry)
+
+    def expire(self) -> None:
+        """Let adapters go that nobody used for `idle_s`. Cheap; call it often."""
+        if self.idle_s is None:
+            return
+        with self._lock:
+            oldest = self.clock() - self.idle_s
+            idle = []
+            for entry in self._entries.values():
+                if entry.last_used_at > oldest:
+                    break
+                if not entry.is_needed and entry.loading is None:
+                    idle.append(entry)
+            for entry in idle:
+                entry.evict_when_free = True
+                self._settle(entry)
 
     def states(self) -> list[AdapterState]:
         with self._lock:
@@ -188,14 +262,45 @@ class AdapterCache:
                 for entry in self._entries.values()
             ]
 
-    def host_bytes_used(self) -> int:
+    def tiers(self) -> dict[str, TierStats]:
+        """The numbers of `slot` and `host`."""
         with self._lock:
-            return sum(entry.host.size_bytes for entry in self._entries.values() if entry.host)
+            counters, slot_bytes = self.counters, self._slot_bytes
+            return {
+                "slot": TierStats(
+                    count=len(self._in_slot),
+                    size_bytes=len(self._in_slot) * slot_bytes,
+                    limit_bytes=self.num_slots * slot_bytes,
+                    hits=counters.slot_hits,
+                    misses=counters.slot_fills,
+                    fills=counters.slot_fills,
+                    evictions=counters.slot_evictions,
+                    failures=0,
+                    fill_s=counters.slot_fill_s,
+                ),
+                "host": TierStats(
+                    count=len(self._in_host),
+                    size_bytes=self._host_used,
+                    limit_bytes=self.host_bytes,
+                    hits=counters.host_hits,
+                    misses=counters.host_misses,
+                    fills=counters.loads - counters.load_failures,
+                    evictions=counters.host_evictions,
+                    failures=counters.load_failures,
+                    fill_s=counters.load_s,
+                ),
+            }
+
+    def host_bytes_used(self) -> int:
+        return self._host_used
 
     def close(self) -> None:
         """Stop loading; a load that is under way ends on its own and is dropped."""
         with self._lock:
             self._is_closed = True
+            for entry in self._entries.values():
+                if entry.loading is not None:
+                    _finish(entry.loading, Overloaded("The engine is closing.", retry_after_s=1))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _entry(self, ref: AdapterRef) -> _Entry:
@@ -208,25 +313,88 @@ class AdapterCache:
 
     def _touch(self, entry: _Entry) -> None:
         entry.last_used_at = self.clock()
-        self._entries.move_to_end(entry.ref.sha256)
+        for order in (self._entries, self._in_host, self._in_slot):
+            if entry.ref.sha256 in order:
+                order.move_to_end(entry.ref.sha256)
+
+    def _run(self, entry: _Entry) -> None:
+        """A sequence that waited has its slot."""
+        entry.num_waiting -= 1
+        entry.num_running += 1
+        self._touch(entry)
+        self._recount(entry)
+        self._make_room()
+
+    def _fill(self, entry: _Entry, slot: int, host: HostAdapter) -> None:
+        """Copy outside the lock: only the step thread, which runs this, reads slots, and the entry is in use."""
+        started = time.monotonic()
+        try:
+            self.write(slot, host)
+        except BaseException:
+            with self._lock:
+                entry.num_running -= 1
+                entry.num_waiting += 1
+                self._leave_slot(entry)
+            raise
+        with self._lock:
+            self.counters.slot_fills += 1
+            self.counters.slot_fill_s += time.monotonic() - started
+            self._slot_bytes = self.slot_bytes()
+
+    def _set_pinned(self, entry: _Entry, is_pinned: bool) -> None:
+        self._num_pinned += is_pinned - entry.is_pinned
+        entry.is_pinned = is_pinned
+
+    def _recount(self, entry: _Entry) -> None:
+        """Bring the totals up to date with an entry that has changed."""
+        used, waiting, coming = entry.count()
+        old_used, old_waiting, old_coming = entry.counted
+        self._host_used += used - old_used
+        self._host_waiting += waiting - old_waiting
+        self._host_coming += coming - old_coming
+        entry.counted = (used, waiting, coming)
 
     def _start_load(self, entry: _Entry, *, is_urgent: bool = False) -> None:
-        """Begin a load unless it runs, failed a moment ago, or would overfill the host tier with needed adapters."""
-        if entry.host is not None or entry.loading is not None or self._is_closed:
+        """Begin a load unless it runs or failed a moment ago; later, if it would overfill host memory with adapters
+        that wait for slots.
+        """
+        if entry.host is not None or entry.slot is not None or self._is_closed:
+            return
+        entry.is_urgent = entry.is_urgent or is_urgent
+        if entry.loading is not None:
             return
         if entry.failure is not None:
-            if self.clock() - entry.failed_at < _FAILURE_MEMORY_S:
+            if self._remembers(entry):
                 return
-            entry.failure = None
-        needed = [e for e in self._entries.values() if e.loading or (e.host and e.num_waiting)]
-        size = sum(e.host.size_bytes if e.host else e.ref.size_bytes for e in needed)
-        if needed and not is_urgent and size + entry.ref.size_bytes > self.host_bytes:
+            self._forget_failure(entry)
+        if not is_urgent and not self._has_room(entry):
+            self._deferred.setdefault(entry.ref.sha256, entry)
             return
+        self._deferred.pop(entry.ref.sha256, None)
         entry.loading = Future()
+        self._recount(entry)
         self._pool.submit(self._load, entry, entry.loading)
 
+    def _has_room(self, entry: _Entry) -> bool:
+        busy = self._host_waiting + self._host_coming
+        return not busy or busy + entry.ref.size_bytes <= self.host_bytes
+
+    def _start_deferred(self) -> None:
+        while self._deferred:
+            entry = next(iter(self._deferred.values()))
+            if entry.is_needed and not self._has_room(entry):
+                return
+            del self._deferred[entry.ref.sha256]
+            if entry.is_needed:
+                self._start_load(entry)
+
     def _load(self, entry: _Entry, done: "Future[None]") -> None:
-        started = self.clock()
+        with self._lock:
+            if not (entry.is_needed or entry.is_urgent):
+                # Whoever asked has gone while the load waited for its thread.
+                self._end_load(entry)
+                return
+        started = time.monotonic()
         host, failure = None, None
         try:
             host = self.load(entry.ref)
@@ -234,67 +402,111 @@ class AdapterCache:
             failure = error
         except Exception:
             logger.exception("adapter load failed: %s", entry.ref.sha256)
-            failure = Overloaded("The adapter could not be read. Retry in a moment.", retry_after_s=_FAILURE_MEMORY_S)
+            message = "The adapter could not be read. Retry in a moment."
+            failure = Overloaded(message, retry_after_s=_PASSING_FAILURE_S)
         with self._lock:
-            entry.host, entry.failure, entry.loading = host, failure, None
             self.counters.loads += 1
-            self.counters.load_s += self.clock() - started
-            if failure is not None:
-                entry.failed_at = self.clock()
-                self.counters.load_failures += 1
-            self._settle(entry)
-            self._shrink_host(keep=entry)
-            self._forget_failures()
-        if failure is not None:
-            done.set_exception(_copy_of(failure))
-        else:
-            done.set_result(None)
+            self.counters.load_s += time.monotonic() - started
+            self._end_load(entry, host, failure)
+        _finish(done, failure)
         self.wake()
 
+    def _end_load(self, entry: _Entry, host: HostAdapter | None = None, failure: TuneloomError | None = None) -> None:
+        sha256 = entry.ref.sha256
+        entry.loading, entry.is_urgent = None, False
+        if host is not None and not self._is_closed:
+            entry.host = host
+            self._in_host[sha256] = entry
+        if failure is not None:
+            entry.failure, entry.failed_at = failure, self.clock()
+            self._failed[sha256] = entry
+            self.counters.load_failures += 1
+        self._touch(entry)
+        self._settle(entry)
+        self._forget_failures()
+
+    def _remembers(self, entry: _Entry) -> bool:
+        assert entry.failure is not None
+        is_lasting = entry.failure.status < 500
+        memory_s = self.failure_s if is_lasting else min(self.failure_s, _PASSING_FAILURE_S)
+        return self.clock() - entry.failed_at < memory_s
+
+    def _forget_failure(self, entry: _Entry) -> None:
+        entry.failure = None
+        self._failed.pop(entry.ref.sha256, None)
+
     def _forget_failures(self) -> None:
-        oldest = self.clock() - _FAILURE_MEMORY_S
-        for entry in list(self._entries.values()):
-            if entry.failure is not None and entry.failed_at < oldest and not entry.is_needed and not entry.loading:
-                del self._entries[entry.ref.sha256]
+        oldest = self.clock() - self.failure_s
+        old = []
+        for entry in self._failed.values():
+            if entry.failed_at > oldest:
+                break
+            if not entry.is_needed:
+                old.append(entry)
+        for entry in old:
+            self._forget_failure(entry)
+            self._settle(entry)
 
     def _take_slot(self) -> int | None:
         if self._free_slots:
             return self._free_slots.pop()
-        idle = [e for e in self._entries.values() if e.slot is not None and not e.num_running and not e.is_pinned]
+        idle = [e for e in self._in_slot.values() if not e.num_running and not e.is_pinned]
         victim = min(idle, key=lambda e: bool(e.num_waiting), default=None)
         if victim is None:
             return None
-        slot, victim.slot = victim.slot, None
+        self._leave_slot(victim)
+        return self._free_slots.pop()
+
+    def _leave_slot(self, entry: _Entry) -> None:
+        assert entry.slot is not None
+        self._free_slots.append(entry.slot)
+        entry.slot = None
+        del self._in_slot[entry.ref.sha256]
         self.counters.slot_evictions += 1
-        self._settle(victim)
-        return slot
+        self._settle(entry)
+
+    def _leave_host(self, entry: _Entry) -> None:
+        entry.host = None
+        del self._in_host[entry.ref.sha256]
+        self.counters.host_evictions += 1
+        self._recount(entry)
+        self._drop_if_empty(entry)
 
     def _settle(self, entry: _Entry) -> None:
         """Carry out what had to wait until nothing needs the entry."""
-        if entry.is_needed or entry.loading is not None:
-            return
-        if entry.evict_when_free:
+        self._recount(entry)
+        if entry.evict_when_free and not entry.is_needed and entry.loading is None:
             if entry.slot is not None:
-                self._free_slots.append(entry.slot)
-                self.counters.slot_evictions += 1
-            entry.slot = entry.host = None
-        if entry.host is None and entry.slot is None and entry.failure is None:
-            self._entries.pop(entry.ref.sha256, None)
-        self._shrink_host()
+                self._leave_slot(entry)
+            if entry.host is not None:
+                self._leave_host(entry)
+        self._drop_if_empty(entry)
+        self._make_room()
+        self._start_deferred()
 
-    def _shrink_host(self, keep: _Entry | None = None) -> None:
-        """Drop the least recently used host copies beyond the limit; not those that wait for a slot."""
-        used = sum(entry.host.size_bytes for entry in self._entries.values() if entry.host)
-        for entry in list(self._entries.values()):
-            if used <= self.host_bytes:
+    def _drop_if_empty(self, entry: _Entry) -> None:
+        is_empty = entry.host is None and entry.slot is None and entry.loading is None and entry.failure is None
+        if is_empty and not entry.is_needed:
+            self._entries.pop(entry.ref.sha256, None)
+            self._deferred.pop(entry.ref.sha256, None)
+
+    def _make_room(self) -> None:
+        """Drop the least recently used host copies beyond the limit; not those that somebody needs."""
+        while self._host_used > self.host_bytes:
+            victim = next((entry for entry in self._in_host.values() if not entry.is_held), None)
+            if victim is None:
                 return
-            is_free = entry.slot is not None or not entry.is_needed
-            if entry.host is not None and is_free and entry is not keep:
-                used -= entry.host.size_bytes
-                entry.host = None
-                self.counters.host_evictions += 1
-                if entry.slot is None:
-                    del self._entries[entry.ref.sha256]
+            self._leave_host(victim)
+
+
+def _finish(done: "Future[None]", failure: TuneloomError | None) -> None:
+    """Set the outcome unless closing the cache was first."""
+    if done.done():
+        return
+    if failure is not None:
+        done.set_exception(_copy_of(failure))
+    else:
+        done.set_result(None)
 
 
 def _copy_of(error: TuneloomError) -> TuneloomError:

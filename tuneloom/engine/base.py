@@ -48,6 +48,8 @@ class SequenceOutput:
 
 @dataclass(frozen=True)
 class AdapterState:
+    """An adapter that an engine knows. `tier`: `slot`, `host`, `loading`, `failed` (a while ago) or `none`."""
+
     sha256: str
     tier: str
     rank: int
@@ -58,6 +60,25 @@ class AdapterState:
 
 
 @dataclass(frozen=True)
+class TierStats:
+    """One tier that adapters live in: what it holds, its limit, and what has happened since the start.
+
+    `hits` and `misses` count requests for an adapter that reached this tier; `fills` adapters that came into it,
+    `fill_s` the seconds that took in all; `failures` fills that failed.
+    """
+
+    count: int
+    size_bytes: int
+    limit_bytes: int
+    hits: int
+    misses: int
+    fills: int
+    evictions: int
+    failures: int
+    fill_s: float
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Numbers of one engine as of its last step.
 
@@ -65,7 +86,7 @@ class EngineStats:
     `kv_tokens_used`: tokens that running sequences have reserved of the `kv_tokens_total` that fit.
     `step_ms`, `step_tokens`, `tokens_per_s`: moving means of a step's time, of the tokens it computes (prompt and
     answer), and of answer tokens per second of step time. `preemptions`: running sequences that gave up their place
-    for want of cache room and were computed anew later.
+    for want of cache room and were computed anew later. `tiers`: `slot`, `host` and, where a replica has one, `disk`.
     """
 
     running: int
@@ -81,6 +102,7 @@ class EngineStats:
     preemptions: int = 0
     step_tokens: float = 0.0
     tokens_per_s: float = 0.0
+    tiers: dict[str, TierStats] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,7 +127,7 @@ class Engine(Protocol):
 
     async def evict_adapter(self, sha256: str) -> None: ...
 
-    async def pin_adapter(self, sha256: str, is_pinned: bool) -> None: ...
+    async def pin_adapter(self, ref: AdapterRef, is_pinned: bool) -> None: ...
 
     def adapters(self) -> list[AdapterState]: ...
 

@@ -8,7 +8,7 @@ A step that fails ends the sequences it computed; the others go on.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,8 +37,7 @@ Event = tuple[str, SequenceOutput | TuneloomError]
 class EngineConfig:
     """How one engine runs; lengths in tokens. `config.EngineSettings` documents the fields they share.
 
-    `prepack`: reorder bf16 weights for the CPU's matrix units. `adapter_timeout_s`: how long a request waits for its
-    adapter to be read.
+    `prepack`: reorder bf16 weights for the CPU's matrix units.
     """
 
     dtype: str = "auto"
@@ -52,6 +51,9 @@ class EngineConfig:
     threads: int = 0
     prepack: bool = True
     adapter_timeout_s: float = 60.0
+    adapter_loaders: int = 4
+    adapter_failure_s: float = 5.0
+    adapter_idle_s: float | None = None
 
 
 class EngineCore:
@@ -78,7 +80,16 @@ class EngineCore:
         self._cache = DenseCache(shape, config.max_sequences, self.max_length, loaded.device)
         self._runner = Runner(loaded, self._cache, num_adapter_slots=config.adapter_slots, prepack=config.prepack)
         self.adapters = AdapterCache(
-            config.adapter_slots, config.host_cache_bytes, self._read, self._runner.lora.write, wake, time.time
+            config.adapter_slots,
+            config.host_cache_bytes,
+            self._read,
+            self._runner.lora.write,
+            wake,
+            time.time,
+            num_loaders=config.adapter_loaders,
+            failure_s=config.adapter_failure_s,
+            idle_s=config.adapter_idle_s,
+            slot_bytes=lambda: self._runner.lora.slot_bytes,
         )
         self._scheduler = Scheduler(config.max_sequences, config.max_step_tokens, self._admit, self._is_starved)
         self._sequences: dict[str, Sequence] = {}
@@ -149,6 +160,7 @@ class EngineCore:
         started = self._clock()
         events, self._pending = self._pending, []
         events += self._expire(started)
+        self.adapters.expire()
         work = self._scheduler.plan(started)
         events += [self._fail(sequence, error) for sequence, error in self._refused]
         self._refused = []
@@ -174,12 +186,11 @@ class EngineCore:
             tokens_generated=self._num_generated,
             adapter_loads=counters.loads,
             adapter_evictions=counters.slot_evictions,
+            tiers=self.adapters.tiers(),
             extra={
                 "device": str(self._device),
                 "dtype": str(self._dtype).removeprefix("torch."),
                 "linears_packed": self._runner.lora.num_packed,
-                "host_cache_bytes_used": self.adapters.host_bytes_used(),
-                "adapters": asdict(counters),
             },
         )
 

@@ -111,9 +111,9 @@ class LocalEngine:
         """Drop an adapter, at once or when the last sequence that uses it has ended."""
         self._started().adapters.evict(sha256)
 
-    async def pin_adapter(self, sha256: str, is_pinned: bool) -> None:
-        """Keep a loaded adapter, or let it go its way. Raises NotFound."""
-        self._started().adapters.pin(sha256, is_pinned)
+    async def pin_adapter(self, ref: AdapterRef, is_pinned: bool) -> None:
+        """Load an adapter and keep it, or let it go its way. Raises Conflict: too many are pinned."""
+        self._started().adapters.pin(ref, is_pinned)
 
     def adapters(self) -> list[AdapterState]:
         return self._started().adapters.states()

@@ -127,6 +127,10 @@ class LoraPack:
     def is_packed(self) -> bool:
         return self._product.is_packed
 
+    @property
+    def slot_bytes(self) -> int:
+        return self._a_SRK[0].nbytes + self._b_SRN[0].nbytes
+
     def grow(self, rank: int) -> None:
         """Make room for adapters of `rank`; what the slots hold stays."""
         parts, old = len(self.names), self._rank
@@ -222,6 +226,11 @@ class LoraLayers:
     @property
     def num_packed(self) -> int:
         return sum(pack.is_packed for pack in self._packs)
+
+    @property
+    def slot_bytes(self) -> int:
+        """What one slot takes on the device; more once an adapter of a larger rank has come."""
+        return sum(pack.slot_bytes for pack in self._packs)
 
     @property
     def num_packs(self) -> int:
