@@ -11,7 +11,7 @@ import typer.main
 import yaml
 
 from tuneloom.cli import app
-from tuneloom.config import EngineSettings
+from tuneloom.config import BaseSettings, EngineSettings
 from tuneloom.domain import TrainOptions
 from tuneloom.serve.openai import IGNORED, REFUSED, Chat, Completion
 
@@ -131,8 +131,13 @@ def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
     assert TrainOptions.model_fields.keys() <= fields("ours, in the object")
 
 
-def test_the_engine_page_lists_every_option_with_its_default():
+@pytest.mark.parametrize(
+    ("heading", "settings"), [("The engine's options", EngineSettings), ("Replicas", BaseSettings)]
+)
+def test_the_engine_page_lists_every_option_with_its_default(heading, settings):
     page = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \| .+ \|$", page, re.MULTILINE)
+    (part,) = [part for part in re.split(r"^#+ ", page, flags=re.MULTILINE) if part.startswith(heading + "\n")]
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \| .+ \|$", part, re.MULTILINE)
     written = {name: yaml.safe_load(default) for name, default in rows}
-    assert written == {name: field.default for name, field in EngineSettings.model_fields.items()}
+    fields = {name: field.default for name, field in settings.model_fields.items() if name not in ("id", "engine")}
+    assert written == fields

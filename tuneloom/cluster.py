@@ -289,7 +289,7 @@ def num_cpus(settings: Settings) -> int:
 
     Ray's CPUs are bookkeeping: with fewer than this a job would wait for ever for a place.
     """
-    served = sum(base.num_cpus * base.replicas for base in settings.bases)
+    served = sum(base.num_cpus * base.most_replicas for base in settings.bases)
     trained = max(settings.train.num_cpus, 1) * settings.train.max_running
     gateways = settings.gateway.replicas
     return max(os.cpu_count() or 1, int(served + trained + gateways + 2))

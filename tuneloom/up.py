@@ -150,12 +150,15 @@ def _deploy(settings: Settings, state: ClusterState, report: Report) -> None:
 def _await_answers(settings: Settings, state: ClusterState, key: str, report: Report, deadline: float) -> None:
     """Return when each base has answered a chat request; tell what is waited for."""
     say = _once_in(REPEAT_LINE_S, report)
-    waiting = [base.id for base in settings.bases]
-    while waiting:
+    # A base that may have no replica starts when somebody asks it.
+    waiting = [base.id for base in settings.bases if base.fewest_replicas]
+    while True:
         if time.monotonic() > deadline:
             raise ClusterError(f"No answer in time from: {', '.join(waiting)}. Logs: {state.logs}")
         problem = _check_applications(settings, state, say)
-        if problem is None:
+        if problem is None and not waiting and _lives(state):
+            return
+        if problem is None and waiting:
             problem = _probe(state, key, waiting[0], timeout_s=PROBE_TIMEOUT_S)
             if problem is None:
                 report(f"{waiting.pop(0)} answers")
@@ -225,7 +228,16 @@ def _answers(settings: Settings, state: ClusterState) -> bool:
         key = read_admin_key(settings)
     except InvalidRequest:
         return False
-    return all(_probe(state, key, base.id, timeout_s=PROBE_TIMEOUT_S) is None for base in settings.bases)
+    steady = [base.id for base in settings.bases if base.fewest_replicas]
+    return _lives(state) and all(_probe(state, key, base, timeout_s=PROBE_TIMEOUT_S) is None for base in steady)
+
+
+def _lives(state: ClusterState) -> bool:
+    """Whether the API answers at all, which starts no base."""
+    try:
+        return httpx.get(f"{state.api_url}/healthz", timeout=PROBE_TIMEOUT_S, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def _probe(state: ClusterState, key: str, base_id: str, *, timeout_s: float) -> str | None:

@@ -13,6 +13,7 @@ from tuneloom.config import BaseSettings, Settings
 from tuneloom.control import keys
 from tuneloom.domain import AdapterRef, Model, Scope, Version, ft_name, model_id, version_id
 from tuneloom.engine.base import EngineStats
+from tuneloom.errors import Overloaded
 from tuneloom.generation import Delta, Finished, Frame, GenerationRequest, Started, Usage
 from tuneloom.serve.ingress import Context, make_app
 from tuneloom.store import Store, open_store
@@ -42,6 +43,7 @@ class FakeBase:
     requests: list[GenerationRequest] = field(default_factory=list)
     closed: int = 0
     is_up: bool = True
+    starts_in_s: float = 0.0
     is_asleep: asyncio.Event = field(default_factory=asyncio.Event)
 
     def play(self, *steps: Step) -> None:
@@ -65,6 +67,16 @@ class FakeBase:
         if not self.is_up:
             await asyncio.sleep(60)
         return STATS
+
+    async def wake(self, wait_s: float) -> None:
+        if self.starts_in_s:
+            await asyncio.sleep(min(wait_s, self.starts_in_s))
+            if wait_s < self.starts_in_s:
+                raise Overloaded("It is being loaded.", code="model_loading", retry_after_s=7)
+            self.starts_in_s = 0.0
+
+    async def is_cold(self) -> bool:
+        return bool(self.starts_in_s)
 
 
 @dataclass

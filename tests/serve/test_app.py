@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
@@ -12,6 +13,7 @@ from tuneloom.config import BaseSettings, EngineSettings, GatewaySettings, Setti
 from tuneloom.errors import ContextLengthExceeded, Overloaded, TuneloomError
 from tuneloom.serve.app import schema
 from tuneloom.serve.gateway import as_our_error
+from tuneloom.serve.placement import Placement
 from tuneloom.serve.upstream import ReplicaLost
 
 
@@ -39,6 +41,51 @@ def test_serve_never_refuses_before_the_engine_does(two_bases: Settings) -> None
     base = schema(two_bases)["applications"][0]["deployments"][0]
     assert base["max_ongoing_requests"] > 4 + 6
     assert base["ray_actor_options"]["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
+
+
+def test_the_number_of_replicas_is_fixed_or_follows_the_load(tmp_path: Path) -> None:
+    bases = (
+        BaseSettings(id="a", replicas=2),
+        BaseSettings(id="b", max_replicas=3),
+        BaseSettings(id="c", min_replicas=0),
+    )
+    deploy = ServeDeploySchema.model_validate(schema(Settings(home=tmp_path, bases=bases)))
+
+    fixed, growing, rare = (application.deployments[0] for application in deploy.applications[:3])
+    assert fixed.num_replicas == 2
+    limits = [AutoscalingConfig(**deployment.autoscaling_config) for deployment in (growing, rare)]
+    assert [(limit.min_replicas, limit.max_replicas) for limit in limits] == [(1, 3), (0, 1)]
+    policy = limits[0].policy
+    assert policy.get_policy()(**policy.policy_kwargs)
+
+
+@pytest.mark.parametrize(
+    ("limits", "fewest", "most"),
+    [
+        ({}, 1, 1),
+        ({"replicas": 3}, 3, 3),
+        ({"min_replicas": 0}, 0, 1),
+        ({"min_replicas": 2}, 2, 2),
+        ({"max_replicas": 4}, 1, 4),
+        ({"replicas": 3, "max_replicas": 2}, 2, 2),
+        ({"min_replicas": 0, "max_replicas": 2}, 0, 2),
+    ],
+)
+def test_limits_of_replicas(limits: dict[str, int], fewest: int, most: int) -> None:
+    base = BaseSettings(id="b", **limits)
+    assert (base.fewest_replicas, base.most_replicas) == (fewest, most)
+
+
+def test_limits_that_cross_are_refused() -> None:
+    with pytest.raises(ValueError, match="`min_replicas` 3 is above `max_replicas` 2"):
+        BaseSettings(id="b", min_replicas=3, max_replicas=2)
+
+
+def test_requests_of_a_base_are_placed_by_our_router(two_bases: Settings) -> None:
+    deployment = ServeDeploySchema.model_validate(schema(two_bases)).applications[0].deployments[0]
+    config = RequestRouterConfig(**deployment.request_router_config)
+    assert config.get_request_router_class().__name__ == "AdapterAffinityRouter"
+    Placement(**config.request_router_kwargs)
 
 
 def test_two_cores_have_room_for_the_services_and_a_training_run(tmp_path: Path) -> None:

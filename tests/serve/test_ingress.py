@@ -423,6 +423,36 @@ async def test_live_and_ready_need_no_key_and_ready_asks_the_bases(
     assert (not_ready.status_code, not_ready.json()["failing"]) == (503, [BASE])
 
 
+async def test_a_cold_base_answers_soon_that_it_is_coming_and_when_to_ask_again(
+    service: Service, client: AsyncOpenAI
+) -> None:
+    for stream in (False, True):
+        service.base.starts_in_s = 60.0
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.chat.completions.create(model=BASE, messages=HI, stream=stream)
+        assert (caught.value.status_code, caught.value.code) == (503, "model_loading")
+        assert caught.value.response.headers["retry-after"] == "7"
+    async with service.http() as http:
+        assert (await http.get("/readyz")).status_code == 200
+    assert service.base.requests == []
+
+
+@pytest.mark.parametrize("prefer", ["wait=20", "respond-async, wait=20", 'Wait="20"; foo'])
+async def test_a_client_that_prefers_to_wait_for_a_cold_base_gets_its_answer(
+    service: Service, client: AsyncOpenAI, prefer: str
+) -> None:
+    service.base.starts_in_s = 0.8
+    answer = await client.chat.completions.create(model=BASE, messages=HI, extra_headers={"prefer": prefer})
+    assert answer.choices[0].message.content == "Hello"
+
+
+@pytest.mark.parametrize("prefer", ["wait=", "wait=-1", "await=20", "wait=1e9", "wait=0"])
+async def test_no_other_wish_makes_it_wait(service: Service, client: AsyncOpenAI, prefer: str) -> None:
+    service.base.starts_in_s = 60.0
+    with pytest.raises(openai.InternalServerError, match="being loaded"):
+        await client.chat.completions.create(model=BASE, messages=HI, extra_headers={"prefer": prefer})
+
+
 async def test_a_request_over_its_time_ends_and_is_not_to_be_repeated(settings: Settings, store: Store) -> None:
     gateway = settings.gateway.model_copy(update={"request_timeout_s": 0.3})
     service = make_service(settings.model_copy(update={"gateway": gateway}), store)

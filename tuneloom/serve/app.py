@@ -20,6 +20,9 @@ HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 20.0}
 LIGHT_CPUS = 0.1
 # A call of `stats` or a health check must get through while the engine has all the requests that it takes.
 SPARE_REQUESTS = 64
+ROUTER = "tuneloom.serve.router.AdapterAffinityRouter"
+SCALING = "tuneloom.serve.scaling:WaitingTokensPolicy"
+REPORTS_PER_WINDOW = 5
 
 
 def base_app(base_id: str) -> str:
@@ -72,7 +75,15 @@ def _base(settings: Settings, base: BaseSettings) -> dict[str, Any]:
         environment["OMP_NUM_THREADS"] = str(base.engine.threads)
     deployment = {
         "name": "Base",
-        "num_replicas": base.replicas,
+        **_number_of_replicas(base),
+        "request_router_config": {
+            "request_router_class": ROUTER,
+            "request_router_kwargs": {
+                "load_factor": base.load_factor,
+                "slack": base.load_slack,
+                "rate_per_replica": base.spread_rate,
+            },
+        },
         # The engine's own queue is what refuses, with a reason; Serve's never fills before it.
         "max_ongoing_requests": base.engine.max_sequences + base.engine.max_waiting + SPARE_REQUESTS,
         "graceful_shutdown_timeout_s": 20.0,
@@ -84,6 +95,29 @@ def _base(settings: Settings, base: BaseSettings) -> dict[str, Any]:
         **HEALTH,
     }
     return _application(base_app(base.id), "base", deployment, {"settings": _plain(settings), "base": base.id})
+
+
+def _number_of_replicas(base: BaseSettings) -> dict[str, Any]:
+    if base.fewest_replicas == base.most_replicas:
+        return {"num_replicas": base.most_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": base.fewest_replicas,
+            "max_replicas": base.most_replicas,
+            "look_back_period_s": base.scale_window_s,
+            "metrics_interval_s": base.scale_window_s / REPORTS_PER_WINDOW,
+            "upscale_delay_s": base.scale_up_delay_s,
+            "downscale_delay_s": base.scale_down_delay_s,
+            "downscale_to_zero_delay_s": base.scale_to_zero_delay_s,
+            "policy": {
+                "policy_function": SCALING,
+                "policy_kwargs": {
+                    "target_waiting_tokens": base.target_waiting_tokens,
+                    "max_sequences": base.engine.max_sequences,
+                },
+            },
+        }
+    }
 
 
 def _application(

@@ -5,6 +5,7 @@ A generation goes: key -> Principal -> body -> Call -> Target -> frames of a bas
 
 import asyncio
 import functools
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -32,10 +33,13 @@ from tuneloom.serve.body import parse_object
 from tuneloom.serve.guard import Guard
 from tuneloom.serve.openai import Call, parse_chat, parse_completion
 from tuneloom.serve.resolve import Resolver
-from tuneloom.serve.upstream import Bases, collect, frames
+from tuneloom.serve.upstream import BaseHandle, Bases, collect, frames
 from tuneloom.store import Store
 
 READY_TIMEOUT_S = 3.0
+# For a base that has to be started: without a wish of the client, and at most.
+START_WAIT_S, MAX_WAIT_S = 0.5, 600.0
+_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:[,;]|$)", re.IGNORECASE)
 BODY_TIMEOUT_S = 120.0
 # A larger body is parsed in a thread, so that it holds up nobody else.
 LARGE_BODY_BYTES = 256 << 10
@@ -121,6 +125,7 @@ class _Service:
             deadline_s=self._context.settings.gateway.request_timeout_s,
         )
         answer = dialect.answer(call, target)
+        await sse.until_disconnect(request.receive, self._context.bases(target.base).wake(_patience(request)))
         if not call.stream:
             whole = await sse.until_disconnect(request.receive, collect(self._context.bases, target, work))
             return JSONResponse(answer.whole(whole))
@@ -151,11 +156,11 @@ class _Service:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 if the store and every base answer now; else 503 and which do not."""
+        """200 if the store and every base answer now; else 503 and which do not. A cold base is as it should be."""
         ids = [base.id for base in self._context.settings.bases]
         checks = {
             "store": anyio.to_thread.run_sync(self._context.store.records.keys.find, "key_none"),
-            **{base_id: self._context.bases(base_id).stats() for base_id in ids},
+            **{base_id: _ask(self._context.bases(base_id)) for base_id in ids},
         }
         results = await asyncio.gather(*(_is_answered(check) for check in checks.values()))
         failing = sorted(name for name, is_ok in zip(checks, results, strict=True) if not is_ok)
@@ -197,6 +202,17 @@ async def _events(answer: Answer, stream: AsyncGenerator[Frame, None]) -> AsyncG
 
 def _describe(request_id: str, error: Exception) -> Mapping[str, Any]:
     return edge.as_tuneloom_error(error, request_id).body()
+
+
+def _patience(request: Request) -> float:
+    """How long the client waits for a base that has to be started: by `Prefer: wait=SECONDS` (RFC 7240)."""
+    wished = _WAIT.search(", ".join(request.headers.getlist("prefer")))
+    return min(float(wished[1]), MAX_WAIT_S) if wished else START_WAIT_S
+
+
+async def _ask(base: BaseHandle) -> None:
+    if not await base.is_cold():
+        await base.stats()
 
 
 async def _is_answered(check: Any) -> bool:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 
 from tuneloom.engine.base import Engine, EngineStats
-from tuneloom.errors import ContextLengthExceeded, InvalidRequest
+from tuneloom.errors import ContextLengthExceeded, InvalidRequest, TuneloomError
 from tuneloom.generation import ChatPrompt, Frame, GenerationRequest, Prompt, TextPrompt, TokenPrompt
-from tuneloom.serve.callers import Callers, is_replica_alive
+from tuneloom.serve.callers import Callers, is_replica_alive, own_name
 from tuneloom.serve.disk import DiskCache
 from tuneloom.serve.run import Encoded, Run
+from tuneloom.serve.scaling import load_of
 
 if TYPE_CHECKING:
     from tuneloom.config import EngineSettings
@@ -62,6 +63,10 @@ class Replica:
 
     async def stats(self) -> EngineStats:
         return self._engine.stats()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to the scaling policy."""
+        return load_of(self._engine.stats())
 
     async def check_health(self) -> None:
         """Raises if the engine has work and does not step."""
@@ -149,6 +154,13 @@ class Base(Replica):
             max_parallel=options.max_sequences,
         )
         self._is_started = True
+
+    async def operate(self, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+        """This replica's name and what a method of it returns, or raises of ours: a call that went to all replicas."""
+        try:
+            return own_name(), await getattr(self, method)(*arguments)
+        except TuneloomError as error:
+            return own_name(), error
 
     async def __del__(self) -> None:
         # Serve awaits this when it stops the replica, whether or not it came to life.

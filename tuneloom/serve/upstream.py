@@ -38,6 +38,18 @@ class BaseHandle(Protocol):
 
     async def stats(self) -> EngineStats: ...
 
+    async def wake(self, wait_s: float) -> None:
+        """Return when it takes requests: at once, but for a base that has no replica while nobody asks.
+
+        Raises:
+            Overloaded: it does not within `wait_s`; it is on its way, and the error says when to come back.
+        """
+        ...
+
+    async def is_cold(self) -> bool:
+        """Whether it has no replica because nobody asks. Looking does not start one."""
+        ...
+
 
 Bases = Callable[[str], BaseHandle]
 
