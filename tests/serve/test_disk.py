@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from tuneloom.domain import AdapterRef
-from tuneloom.serve.disk import READ_S, DiskCache
+from tuneloom.serve.disk import READ_S, SCAN_S, DiskCache
 from tuneloom.store import open_blobs
 from tuneloom.store.artifacts import ADAPTER_FILES, put_adapter
-from tuneloom.store.base import Blobs
+from tuneloom.store.base import BlobNotFound, Blobs
 
 
 @pytest.fixture
@@ -42,3 +42,43 @@ def test_an_adapter_that_may_be_in_use_stays_on_a_full_disk(
     cache = DiskCache(blobs, tmp_path / "cache", limit_bytes=1)
     folders = [cache.fetch(ref) for ref in refs]
     assert all(folder.is_dir() for folder in folders)
+
+
+def test_the_numbers_tell_hits_misses_bytes_and_evictions(
+    blobs: Blobs, refs: list[AdapterRef], tiny_adapters: list[Path], tmp_path: Path
+) -> None:
+    now = 1e9
+    cache = DiskCache(blobs, tmp_path / "cache", size(tiny_adapters[0]), now=lambda: now)
+    for ref in (refs[0], refs[0], refs[1]):
+        now += 2 * READ_S
+        cache.fetch(ref)
+    with pytest.raises(BlobNotFound):
+        cache.fetch(refs[0].model_copy(update={"sha256": "0" * 64, "uri": "imports/none"}))
+    stats = cache.stats()
+    assert (stats.hits, stats.misses, stats.fills, stats.failures, stats.evictions) == (1, 3, 2, 1, 1)
+    assert (stats.count, stats.size_bytes, stats.limit_bytes) == (1, size(tiny_adapters[1]), size(tiny_adapters[0]))
+
+
+def test_what_another_process_put_there_counts_after_a_while_and_what_it_uses_stays(
+    blobs: Blobs, refs: list[AdapterRef], tiny_adapters: list[Path], tmp_path: Path
+) -> None:
+    now, folder = 1e9, tmp_path / "cache"
+    ours = DiskCache(blobs, folder, size(tiny_adapters[0]) + size(tiny_adapters[1]), now=lambda: now)
+    theirs = DiskCache(blobs, folder, 1 << 30, now=lambda: now)
+    ours.fetch(refs[0])
+    theirs.fetch(refs[2])
+    now += 2 * max(READ_S, SCAN_S)
+    theirs.fetch(refs[0])
+    ours.fetch(refs[1])
+    assert {path.name for path in folder.glob("?" * 64)} == {refs[0].sha256, refs[1].sha256}
+
+
+def test_a_dropped_adapter_is_fetched_again_when_it_is_asked_for(
+    blobs: Blobs, refs: list[AdapterRef], tmp_path: Path
+) -> None:
+    cache = DiskCache(blobs, tmp_path / "cache", 1 << 30)
+    folder = cache.fetch(refs[0])
+    cache.drop(refs[0].sha256)
+    cache.drop("0" * 64)
+    assert not folder.exists() and cache.stats().size_bytes == 0
+    assert cache.fetch(refs[0]) == folder
