@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from tuneloom.config import BaseSettings, EngineSettings, GatewaySettings, Settings
 from tuneloom.errors import ContextLengthExceeded, Overloaded, TuneloomError
 from tuneloom.serve.app import schema
-from tuneloom.serve.gateway import as_our_error
+from tuneloom.serve.handles import as_our_error
 from tuneloom.serve.placement import Placement
 from tuneloom.serve.upstream import ReplicaLost
 

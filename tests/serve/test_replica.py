@@ -12,6 +12,7 @@ import pytest
 
 from tests.serve.conftest import eventually
 from tuneloom.config import EngineSettings
+from tuneloom.domain import AdapterRef
 from tuneloom.engine.base import EngineStats, SequenceOutput, SequenceRequest, TokenOutput
 from tuneloom.engine.text import Codec
 from tuneloom.errors import ContextLengthExceeded, InvalidRequest, Overloaded, TuneloomError
@@ -294,6 +295,21 @@ async def test_requests_of_one_id_do_not_meet(codec: Codec) -> None:
     replica = make_replica(engine, codec)
     await asyncio.gather(run(replica, make_request()), run(replica, make_request()))
     assert len({request.id for request in engine.requests}) == 2
+
+
+async def test_a_replica_knows_which_adapters_it_worked_with(codec: Codec) -> None:
+    replica = make_replica(ScriptedEngine(codec, "yes"), codec)
+    often, once = (AdapterRef(sha256=name * 64, uri=name, rank=4, size_bytes=1) for name in "ab")
+    for adapter in (once, often, None, often):
+        await run(replica, replace(make_request(), adapter=adapter))
+    assert [use.adapter for use in await replica.uses()] == [often, once]
+
+
+def test_replicas_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuneloom.serve.replica.num_cores", lambda: 9)
+    threads = [engine_config(EngineSettings(), replicas_here=number).threads for number in (1, 2, 3, 20)]
+    assert threads == [0, 4, 2, 1]
+    assert engine_config(EngineSettings(threads=5), replicas_here=4).threads == 5
 
 
 def test_a_request_survives_the_way_to_another_process() -> None:

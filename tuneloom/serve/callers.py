@@ -13,8 +13,6 @@ import anyio.to_thread
 logger = logging.getLogger(__name__)
 
 CHECK_S = 2.0
-# Where Serve keeps the names of its replicas.
-NAMESPACE = "serve"
 
 Abandon = Callable[[], None]
 
@@ -54,24 +52,3 @@ class Callers:
                     logger.warning("%s is gone; %d requests of it are abandoned", caller, len(work))
                     for abandon in work:
                         abandon()
-
-
-def own_name() -> str:
-    """The name of the Serve replica that this process runs; empty outside of one."""
-    import ray
-
-    return ray.get_runtime_context().get_actor_name() or ""
-
-
-def is_replica_alive(name: str) -> bool:
-    """Whether a Serve replica of that name runs. Doubt counts as yes."""
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError:
-        return False
-    except RayError:
-        return True
-    return True

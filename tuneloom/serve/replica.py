@@ -3,7 +3,9 @@
 `Base` is what Serve runs in a replica; `Replica` is all of it but the start, on any engine.
 """
 
+import asyncio
 import itertools
+import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -14,15 +16,19 @@ import anyio.to_thread
 from tuneloom.engine.base import Engine, EngineStats
 from tuneloom.errors import ContextLengthExceeded, InvalidRequest, TuneloomError
 from tuneloom.generation import ChatPrompt, Frame, GenerationRequest, Prompt, TextPrompt, TokenPrompt
-from tuneloom.serve.callers import Callers, is_replica_alive, own_name
+from tuneloom.serve.callers import Callers
 from tuneloom.serve.disk import DiskCache
+from tuneloom.serve.identity import is_replica_alive, num_cores, num_here, own_id
 from tuneloom.serve.run import Encoded, Run
 from tuneloom.serve.scaling import load_of
+from tuneloom.serve.warmup import Usage, Use, load_all, share
 
 if TYPE_CHECKING:
-    from tuneloom.config import EngineSettings
+    from tuneloom.config import BaseSettings, EngineSettings
     from tuneloom.engine.core import EngineConfig
     from tuneloom.engine.text import Codec
+
+logger = logging.getLogger(__name__)
 
 # An engine that has work and makes no step for this long is stuck.
 STUCK_S = 90.0
@@ -42,6 +48,7 @@ class Replica:
         self._numbers = itertools.count()
         self._num_open = 0
         self._progress = (0, time.monotonic())
+        self._usage = Usage()
 
     async def generate(self, request: GenerationRequest, caller: str = "") -> AsyncGenerator[Frame, None]:
         """The frames of one request. What is wrong with it is raised before `Started`. Closing aborts all of it.
@@ -52,6 +59,8 @@ class Replica:
         # A request id comes from a client and may repeat; a sequence needs an id that no other has.
         name = f"{next(self._numbers)}-{request.id}"
         run = Run(self._engine, self._codec, request, encoded, name=name, max_parallel=self._max_parallel)
+        if request.adapter is not None:
+            self._usage.add(request.adapter)
         self._num_open += 1
         try:
             with self._callers.working(caller, run.abandon):
@@ -63,6 +72,10 @@ class Replica:
 
     async def stats(self) -> EngineStats:
         return self._engine.stats()
+
+    async def uses(self) -> list[Use]:
+        """The adapters that were asked for here lately, the most used first."""
+        return self._usage.uses()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to the scaling policy."""
@@ -140,27 +153,47 @@ class Base(Replica):
         from tuneloom.store import open_blobs
 
         tree = Settings.model_validate(settings)
-        options = next(base.engine for base in tree.bases if base.id == base_id)
+        options = next(base for base in tree.bases if base.id == base_id)
         base = get_base(tree.bases_dir, base_id)
         codec = await anyio.to_thread.run_sync(Codec.load, base.path)
-        disk = DiskCache(open_blobs(tree.blobs), tree.home / "cache" / "adapters", options.disk_cache_bytes)
-        engine = LocalEngine(base.path, engine_config(options), disk.fetch)
+        disk = DiskCache(open_blobs(tree.blobs), tree.home / "cache" / "adapters", options.engine.disk_cache_bytes)
+        config = engine_config(options.engine, replicas_here=num_here(options.most_replicas))
+        engine = LocalEngine(base.path, config, disk.fetch)
         await engine.start()
         super().__init__(
             engine,
             codec,
             Callers(is_replica_alive),
             context_length=engine.max_length,
-            max_parallel=options.max_sequences,
+            max_parallel=options.engine.max_sequences,
         )
         self._is_started = True
+        await self._warm_up(options)
+
+    async def _warm_up(self, options: "BaseSettings") -> None:
+        """Load what the other replicas work with and this one will get. Never fails, never takes long."""
+        from tuneloom.serve.handles import ServeBase
+
+        limits = {"count": options.engine.adapter_slots, "size_bytes": options.engine.host_cache_bytes // 2}
+        try:
+            async with asyncio.timeout(options.warmup_s):
+                used = await ServeBase(options.id, "").on_each_replica("uses")
+                known = {id: uses for id, uses in used.items() if not isinstance(uses, TuneloomError)}
+                adapters = share(known, own_id(), **limits) if known else []
+                await load_all(adapters, self._engine.load_adapter)
+                logger.info("warmed up with %d adapters of %d replicas", len(adapters), len(known))
+        except TimeoutError:
+            logger.info("the warm-up ended after %.1f s", options.warmup_s)
+        except Exception:
+            # Whatever it is, the replica can do without.
+            logger.exception("the warm-up failed; adapters are loaded as they are asked for")
 
     async def operate(self, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
-        """This replica's name and what a method of it returns, or raises of ours: a call that went to all replicas."""
+        """This replica's id and what a method of it returns, or raises of ours: a call that went to all replicas."""
         try:
-            return own_name(), await getattr(self, method)(*arguments)
+            return own_id(), await getattr(self, method)(*arguments)
         except TuneloomError as error:
-            return own_name(), error
+            return own_id(), error
 
     async def __del__(self) -> None:
         # Serve awaits this when it stops the replica, whether or not it came to life.
@@ -168,8 +201,11 @@ class Base(Replica):
             await self._engine.close()
 
 
-def engine_config(settings: "EngineSettings") -> "EngineConfig":
-    """A base's settings as its engine takes them; the disk is not the engine's."""
+def engine_config(settings: "EngineSettings", *, replicas_here: int = 1) -> "EngineConfig":
+    """A base's settings as its engine takes them; the disk is not the engine's. The machine's cores are shared out."""
     from tuneloom.engine.core import EngineConfig
 
-    return EngineConfig(**settings.model_dump(exclude={"disk_cache_bytes"}))
+    options = settings.model_dump(exclude={"disk_cache_bytes"})
+    if not settings.threads and replicas_here > 1:
+        options["threads"] = max(1, (num_cores() - 1) // replicas_here)
+    return EngineConfig(**options)
