@@ -1,8 +1,7 @@
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.conftest import request
+from tests.engine.conftest import GREEDY, request
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.sampler import SamplingState
 from tuneloom.engine.scheduler import Scheduler, Work
@@ -12,7 +11,7 @@ ADAPTER = AdapterRef(sha256="a", uri="a", rank=4, size_bytes=1)
 
 
 def sequence(id: str, prompt: int, output: int = 4, adapter: AdapterRef | None = None) -> Sequence:
-    return Sequence(request(id, [5] * prompt, adapter=adapter), SamplingState(torch.Generator()), 0.0, output)
+    return Sequence(request(id, [5] * prompt, adapter=adapter), SamplingState(GREEDY, ()), 0.0, output)
 
 
 class Rooms:

@@ -21,6 +21,7 @@ from tuneloom.engine.base import EngineStats, SequenceOutput, SequenceRequest, T
 from tuneloom.engine.kv_cache import DenseCache, KVShape
 from tuneloom.engine.loader import load_model
 from tuneloom.engine.lora import HostAdapter
+from tuneloom.engine.matcher import Grammars
 from tuneloom.engine.runner import Runner
 from tuneloom.engine.sampler import SamplingState, sample
 from tuneloom.engine.scheduler import Scheduler, Work
@@ -92,6 +93,7 @@ class EngineCore:
             slot_bytes=lambda: self._runner.lora.slot_bytes,
         )
         self._scheduler = Scheduler(config.max_sequences, config.max_step_tokens, self._admit, self._is_starved)
+        self._grammars = Grammars(base_path, self.vocab_size, wake)
         self._sequences: dict[str, Sequence] = {}
         self._pending: list[Event] = []
         self._refused: list[tuple[Sequence, TuneloomError]] = []
@@ -127,9 +129,10 @@ class EngineCore:
             self.check(request)
             room = self.max_length - len(request.prompt_ids)
             wanted = request.params.max_tokens
+            matcher = self._grammars.open(request.grammar, request.stop_ids) if request.grammar else None
             sequence = Sequence(
                 request,
-                SamplingState.create(request.params, request.prompt_ids, self.vocab_size, self._device),
+                SamplingState(request.params, request.prompt_ids, matcher),
                 arrived_at=self._clock(),
                 max_tokens=room if wanted is None else min(wanted, room),
             )
@@ -196,6 +199,7 @@ class EngineCore:
 
     def close(self) -> None:
         self.adapters.close()
+        self._grammars.close()
 
     def _read(self, ref: AdapterRef) -> HostAdapter:
         return read_adapter(
@@ -204,6 +208,12 @@ class EngineCore:
 
     def _admit(self, sequence: Sequence) -> bool:
         if not self._cache.num_free:
+            return False
+        try:
+            if not sequence.sampling.is_ready:
+                return False
+        except TuneloomError as error:
+            self._refused.append((sequence, error))
             return False
         if sequence.adapter is not None:
             try:
@@ -244,16 +254,15 @@ class EngineCore:
             return []
         return [self._take(s, token) for s, token in zip(sampling, sample(logits, sampling), strict=True)]
 
-    def _take(self, sequence: Sequence, token: TokenOutput | None) -> Event:
-        if token is None:
-            logger.error("the model gave no finite scores: %s", sequence.id)
-            message = "The model gave no finite scores for this prompt. The adapter or the base may be damaged."
-            return self._fail(sequence, TuneloomError(message, code="model_error"))
+    def _take(self, sequence: Sequence, token: TokenOutput | TuneloomError) -> Event:
+        if isinstance(token, TuneloomError):
+            logger.error("no token can be chosen: %s: %s", sequence.id, token)
+            return self._fail(sequence, token)
         sequence.output_ids.append(token.token_id)
         sequence.sampling.record(token.token_id)
         self._num_generated += 1
         reason: FinishReason | None = None
-        if token.token_id in sequence.request.stop_ids:
+        if token.token_id in sequence.request.stop_ids or sequence.sampling.is_complete:
             reason = "stop"
         elif len(sequence.output_ids) >= sequence.max_tokens:
             reason = "length"
