@@ -322,8 +322,7 @@ class AdapterCache:
         entry.num_waiting -= 1
         entry.num_running += 1
         self._touch(entry)
-        self._recount(entry)
-        self._make_room()
+        self._settle(entry)
 
     def _fill(self, entry: _Entry, slot: int, host: HostAdapter) -> None:
         """Copy outside the lock: only the step thread, which runs this, reads slots, and the entry is in use."""
