@@ -42,7 +42,6 @@ _HARMLESS = frozenset(
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
-    "runtime_config": (None, {}, {"ephemeral_gpu_offload": False}),
 }
 # PEFT writes one of these for each variant of LoRA that was not used.
 _UNUSED: tuple[Any, ...] = (None, False, {}, [], "")
