@@ -33,7 +33,19 @@ class EngineSettings(Section):
     max_sequences: int = Field(32, ge=1, description="sequences that run at once")
     max_waiting: int = Field(256, ge=1, description="requests that may wait; beyond it a request gets 503")
     max_length: int | None = Field(None, ge=16, description="context served; None: the base's own")
+    kv_cache_tokens: int | None = Field(
+        None, ge=64, description="tokens of all running sequences together; None: what `max_sequences` can use"
+    )
     max_step_tokens: int = Field(256, ge=16, description="tokens of one step, decode rows and prefill together")
+    max_step_ms: float = Field(
+        200.0, gt=0, description="time of a step while sequences decode; prompts are read in chunks that fit it"
+    )
+    decode_weight: float = Field(
+        2.0, gt=0, description="what an answer's token counts against a prompt's where owners share a base"
+    )
+    adapter_bytes_per_token: int = Field(
+        1 << 20, ge=1, description="bytes of a loaded adapter that count as one prompt token of its owner"
+    )
     adapter_slots: int = Field(16, ge=1, description="adapters on the device at once")
     max_rank: int = Field(64, ge=1, description="largest adapter rank accepted")
     host_cache_bytes: int = Field(1 << 30, ge=0, description="adapters kept in host memory, ready to copy")

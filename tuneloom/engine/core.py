@@ -5,9 +5,10 @@
 A step that fails ends the sequences it computed; the others go on.
 """
 
+import heapq
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,15 @@ from tuneloom.engine.lora import HostAdapter
 from tuneloom.engine.matcher import Grammars
 from tuneloom.engine.runner import Runner
 from tuneloom.engine.sampler import SamplingState, sample
-from tuneloom.engine.scheduler import Scheduler, Work
+from tuneloom.engine.scheduler import Limits, Outcome, Scheduler, Work
 from tuneloom.engine.sequence import Sequence
 from tuneloom.errors import AdapterRejected, ContextLengthExceeded, InvalidRequest, Overloaded, TuneloomError
 from tuneloom.generation import FinishReason
 
 logger = logging.getLogger(__name__)
+
+# Room beyond its tokens that a sequence is admitted with, so that it does not give up its place at once.
+_HEADROOM_TOKENS = 16
 
 Event = tuple[str, SequenceOutput | TuneloomError]
 
@@ -45,7 +49,11 @@ class EngineConfig:
     max_sequences: int = 32
     max_waiting: int = 256
     max_length: int | None = None
+    kv_cache_tokens: int | None = None
     max_step_tokens: int = 256
+    max_step_ms: float = 200.0
+    decode_weight: float = 2.0
+    adapter_bytes_per_token: int = 1 << 20
     adapter_slots: int = 16
     max_rank: int = 64
     host_cache_bytes: int = 1 << 30
@@ -73,32 +81,46 @@ class EngineCore:
         """Load the base; `wake` is called from other threads when a step may find more to do."""
         loaded = load_model(base_path, config.dtype)
         self.config = config
-        self.max_length = min(config.max_length or loaded.max_length, loaded.max_length)
+        length = min(config.max_length or loaded.max_length, loaded.max_length)
         self.vocab_size = loaded.vocab_size
-        self._fetch, self._clock = fetch, clock
+        self._fetch, self._clock, self._wake = fetch, clock, wake
         self._device, self._dtype = loaded.device, loaded.dtype
         shape = KVShape.of(loaded.model.config.get_text_config(), loaded.dtype)
-        self._cache = DenseCache(shape, config.max_sequences, self.max_length, loaded.device)
+        self._cache = DenseCache(
+            shape, config.max_sequences, length, loaded.device, token_budget=config.kv_cache_tokens
+        )
+        # A sequence that has the cache for itself must fit.
+        self.max_length = min(length, self._cache.num_tokens)
         self._runner = Runner(loaded, self._cache, num_adapter_slots=config.adapter_slots, prepack=config.prepack)
         self.adapters = AdapterCache(
             config.adapter_slots,
             config.host_cache_bytes,
             self._read,
             self._runner.lora.write,
-            wake,
+            self._tell,
             time.time,
             num_loaders=config.adapter_loaders,
             failure_s=config.adapter_failure_s,
             idle_s=config.adapter_idle_s,
             slot_bytes=lambda: self._runner.lora.slot_bytes,
         )
-        self._scheduler = Scheduler(config.max_sequences, config.max_step_tokens, self._admit, self._is_starved)
-        self._grammars = Grammars(base_path, self.vocab_size, wake)
+        limits = Limits(
+            config.max_sequences,
+            config.max_step_tokens,
+            self._cache.num_tokens,
+            config.max_step_ms,
+            config.decode_weight,
+            config.adapter_bytes_per_token,
+        )
+        self._scheduler = Scheduler(limits, self)
+        self._grammars = Grammars(base_path, self.vocab_size, self._tell)
+        self._has_news = False
         self._sequences: dict[str, Sequence] = {}
+        self._alarms = Alarms()
         self._pending: list[Event] = []
         self._refused: list[tuple[Sequence, TuneloomError]] = []
         self._num_steps = self._num_generated = 0
-        self._step_ms = 0.0
+        self._step_ms = self._step_tokens = self._step_answers = 0.0
         self.did_run = False
 
     @property
@@ -144,6 +166,10 @@ class EngineCore:
             return
         if request.adapter is not None:
             self.adapters.expect(request.adapter)
+            is_loaded = self.adapters.is_loaded(request.adapter)
+            sequence.load_bytes = 0 if is_loaded else request.adapter.size_bytes
+            self._alarms.set(sequence.arrived_at + self.config.adapter_timeout_s, request.id)
+        self._alarms.set(sequence.deadline_at, request.id)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
@@ -164,31 +190,36 @@ class EngineCore:
         events, self._pending = self._pending, []
         events += self._expire(started)
         self.adapters.expire()
+        if self._has_news:
+            self._has_news = False
+            self._scheduler.news()
         work = self._scheduler.plan(started)
         events += [self._fail(sequence, error) for sequence, error in self._refused]
         self._refused = []
         self.did_run = bool(work.sequences)
         if self.did_run:
-            events += self._run(work)
-            self._compact()
             self._num_steps += 1
-            elapsed_ms = (self._clock() - started) * 1000
-            self._step_ms += (elapsed_ms - self._step_ms) * (0.05 if self._num_steps > 1 else 1)
+            events += self._run(work, started)
+            self._compact()
         return events
 
     def stats(self) -> EngineStats:
-        running = self._scheduler.running
+        scheduler = self._scheduler
         counters = self.adapters.counters
         return EngineStats(
-            running=len(running),
-            waiting=len(self._scheduler.waiting),
-            kv_tokens_used=sum(sequence.num_computed for sequence in running),
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            kv_tokens_used=self._cache.num_tokens - self._cache.num_free_tokens,
             kv_tokens_total=self._cache.num_tokens,
             steps=self._num_steps,
             step_ms=self._step_ms,
             tokens_generated=self._num_generated,
             adapter_loads=counters.loads,
             adapter_evictions=counters.slot_evictions,
+            waiting_tokens=scheduler.waiting_tokens,
+            preemptions=scheduler.num_preemptions,
+            step_tokens=self._step_tokens,
+            tokens_per_s=1000 * self._step_answers / self._step_ms if self._step_ms else 0.0,
             tiers=self.adapters.tiers(),
             extra={
                 "device": str(self._device),
@@ -206,43 +237,84 @@ class EngineCore:
             self._fetch(ref), self._runner.lora.shapes, max_rank=self.config.max_rank, dtype=self._dtype
         )
 
-    def _admit(self, sequence: Sequence) -> bool:
-        if not self._cache.num_free:
-            return False
+    def admit(self, sequence: Sequence) -> Outcome:
+        """Give a waiting sequence its slots, for the scheduler. If it fails, its error comes with the step's events."""
         try:
             if not sequence.sampling.is_ready:
-                return False
+                return Outcome.COMPILING
+            return self._admit(sequence)
         except TuneloomError as error:
             self._refused.append((sequence, error))
-            return False
+            return Outcome.REFUSED
+
+    def extend(self, sequence: Sequence) -> bool:
+        assert sequence.cache_slot is not None
+        return self._cache.extend(sequence.cache_slot, sequence.num_tokens)
+
+    def take_back(self, sequence: Sequence) -> None:
+        """Take the slots of a running sequence that will be admitted again; its answer and sampling stay with it."""
+        assert sequence.cache_slot is not None
+        self._cache.release(sequence.cache_slot, length=sequence.num_tokens, is_clean=True)
+        sequence.cache_slot, sequence.num_computed = None, 0
         if sequence.adapter is not None:
-            try:
-                slot = self.adapters.acquire(sequence.adapter)
-            except TuneloomError as error:
-                self._refused.append((sequence, error))
-                return False
+            # Expected before it is released, so that nothing drops it in between.
+            self.adapters.expect(sequence.adapter)
+            self.adapters.release(sequence.adapter)
+            self._alarms.set(self._clock() + self.config.adapter_timeout_s, sequence.id)
+
+    def _admit(self, sequence: Sequence) -> Outcome:
+        adapter = sequence.adapter
+        room = min(sequence.num_tokens + _HEADROOM_TOKENS, sequence.most_tokens)
+        cache_slot = self._cache.acquire(room)
+        if cache_slot is None:
+            is_ready = adapter is None or self.adapters.is_loaded(adapter)
+            return Outcome.NO_ROOM if is_ready else Outcome.LOADING
+        if adapter is not None:
+            adapter_slot = self._acquire_adapter(sequence, adapter, cache_slot)
+            if adapter_slot is None:
+                return Outcome.NO_SLOT if self.adapters.is_loaded(adapter) else Outcome.LOADING
+            sequence.adapter_slot = adapter_slot
+        sequence.cache_slot = cache_slot
+        return Outcome.ADMITTED
+
+    def _acquire_adapter(self, sequence: Sequence, adapter: AdapterRef, cache_slot: int) -> int | None:
+        """The adapter's slot; without one the cache slot is given back."""
+        slot, is_resident = None, self.adapters.is_resident(adapter)
+        try:
+            slot = self.adapters.acquire(adapter)
+        finally:
             if slot is None:
-                return False
-            sequence.adapter_slot = slot
-        sequence.cache_slot = self._cache.acquire(self.max_length)
-        return True
+                self._cache.release(cache_slot, length=0, is_clean=True)
+        # Who fills a slot pays for it, and for the load if it was not in memory when the request came.
+        sequence.load_bytes = 0 if slot is None or is_resident else sequence.load_bytes + adapter.size_bytes
+        return slot
 
-    def _is_starved(self, sequence: Sequence) -> bool:
-        if sequence.adapter is None or not self._cache.num_free:
-            return False
-        return self.adapters.is_loaded(sequence.adapter)
+    def _tell(self) -> None:
+        """From a loading thread: what was not ready may be."""
+        self._has_news = True
+        self._wake()
 
-    def _run(self, work: Work) -> list[Event]:
+    def _run(self, work: Work, started: float) -> list[Event]:
         try:
             logits = self._runner.forward(work)
-            return self._advance(work, logits)
+            tokens = self._advance(work, logits)
         except Exception:
             # One broken step must not end the engine; whatever it computed cannot be trusted.
             logger.exception("step failed: %s", [sequence.id for sequence in work.sequences])
             error = "The engine failed while computing this answer. Retry; if it happens again, see the engine's log."
             return [self._fail(s, TuneloomError(error)) for s in work.sequences if s.id in self._sequences]
+        self._measure(work, len(tokens), (self._clock() - started) * 1000)
+        return [self._take(sequence, token) for sequence, token in tokens]
 
-    def _advance(self, work: Work, logits: Tensor | None) -> list[Event]:
+    def _measure(self, work: Work, num_answers: int, elapsed_ms: float) -> None:
+        self._scheduler.done(work, elapsed_ms)
+        gain = 0.05 if self._step_ms else 1
+        self._step_ms += (elapsed_ms - self._step_ms) * gain
+        self._step_tokens += (work.num_tokens - self._step_tokens) * gain
+        self._step_answers += (num_answers - self._step_answers) * gain
+
+    def _advance(self, work: Work, logits: Tensor | None) -> list[tuple[Sequence, TokenOutput | TuneloomError]]:
+        """Count what was computed, and choose the next tokens of those that have all of theirs computed."""
         sampling = list(work.decoding)
         for sequence in work.decoding:
             sequence.num_computed += 1
@@ -252,7 +324,7 @@ class EngineCore:
                 sampling.append(sequence)
         if logits is None:
             return []
-        return [self._take(s, token) for s, token in zip(sampling, sample(logits, sampling), strict=True)]
+        return list(zip(sampling, sample(logits, sampling), strict=True))
 
     def _take(self, sequence: Sequence, token: TokenOutput | TuneloomError) -> Event:
         if isinstance(token, TuneloomError):
@@ -271,21 +343,21 @@ class EngineCore:
         return sequence.id, SequenceOutput((token,), reason)
 
     def _expire(self, now: float) -> list[Event]:
+        """End what is past its deadline, or has waited too long for its adapter."""
         events = []
-        for sequence in list(self._sequences.values()):
+        for id in self._alarms.due(now, self._sequences):
+            sequence = self._sequences.get(id)
+            if sequence is None:
+                continue
             if now >= sequence.deadline_at:
-                message = f"The request took longer than its limit of {sequence.request.deadline_s:g} s."
-                error = Overloaded(f"{message} Ask for fewer tokens, or retry.", code="deadline_exceeded")
-                error.retry_after_s = 1.0
-                events.append(self._fail(sequence, error))
-            elif (
-                sequence.cache_slot is None
-                and sequence.adapter is not None
-                and now - sequence.arrived_at >= self.config.adapter_timeout_s
-                and not self.adapters.is_loaded(sequence.adapter)
-            ):
-                message = f"The adapter was not loaded within {self.config.adapter_timeout_s:g} s. Retry in a moment."
-                events.append(self._fail(sequence, Overloaded(message, retry_after_s=5.0)))
+                events.append(self._fail(sequence, _too_late(sequence)))
+            elif sequence.cache_slot is None and sequence.adapter is not None:
+                limit = self.config.adapter_timeout_s
+                if self.adapters.is_loaded(sequence.adapter):
+                    self._alarms.set(now + limit, id)
+                elif now - sequence.waiting_since >= limit:
+                    message = f"The adapter was not loaded within {limit:g} s. Retry in a moment."
+                    events.append(self._fail(sequence, Overloaded(message, retry_after_s=5.0)))
         return events
 
     def _fail(self, sequence: Sequence, error: TuneloomError) -> Event:
@@ -310,3 +382,33 @@ class EngineCore:
         by_slot = {s.cache_slot: s for s in self._scheduler.running if s.cache_slot is not None}
         for move in self._cache.compact({slot: s.num_computed for slot, s in by_slot.items()}):
             by_slot[move.source].cache_slot = move.target
+
+
+class Alarms:
+    """Times at which sequences are looked at, by id. An id that is gone costs nothing but its entry for a while."""
+
+    def __init__(self) -> None:
+        self._times: list[tuple[float, str]] = []
+
+    def set(self, at: float, id: str) -> None:
+        heapq.heappush(self._times, (at, id))
+
+    def due(self, now: float, alive: Mapping[str, object]) -> list[str]:
+        """Ids whose time has come, each once."""
+        found: dict[str, None] = {}
+        while self._times and self._times[0][0] <= now:
+            found[heapq.heappop(self._times)[1]] = None
+        # Ids that ended long before their time are swept out.
+        if len(self._times) > 4 * len(alive) + 1024:
+            self._times = [entry for entry in self._times if entry[1] in alive]
+            heapq.heapify(self._times)
+        return list(found)
+
+
+def _too_late(sequence: Sequence) -> Overloaded:
+    limit = f"{sequence.request.deadline_s:g} s"
+    if sequence.output_ids:
+        message = f"The request took longer than its limit of {limit}. Ask for fewer tokens, or retry."
+    else:
+        message = f"The request was not begun within its limit of {limit}: too many others run. Retry in a moment."
+    return Overloaded(message, code="deadline_exceeded", retry_after_s=1.0)

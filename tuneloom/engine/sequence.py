@@ -13,7 +13,10 @@ class Sequence:
     """A request with its progress.
 
     `num_computed` tokens of prompt and answer have keys and values in the cache slot `cache_slot`. `adapter_slot` 0 is
-    the base. While `cache_slot` is None it waits.
+    the base. While `cache_slot` is None it waits, since `waiting_since`; it may run, be preempted and wait again, and
+    keeps its answer and the state of its sampling then. `number` tells the order of arrival.
+
+    `num_charged` of its tokens have been put on its owner's account, and so will `load_bytes`: what was loaded for it.
     """
 
     request: SequenceRequest
@@ -24,7 +27,13 @@ class Sequence:
     num_computed: int = 0
     cache_slot: int | None = None
     adapter_slot: int = 0
-    starved_since: float | None = None
+    number: int = 0
+    waiting_since: float = field(init=False)
+    num_charged: int = 0
+    load_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.waiting_since = self.arrived_at
 
     @property
     def id(self) -> str:
@@ -39,12 +48,25 @@ class Sequence:
         return self.request.adapter
 
     @property
+    def adapter_key(self) -> str | None:
+        return None if self.request.adapter is None else self.request.adapter.sha256
+
+    @property
+    def owner(self) -> str:
+        return self.request.owner
+
+    @property
     def deadline_at(self) -> float:
         return self.arrived_at + self.request.deadline_s
 
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """Length of prompt and answer if the answer becomes as long as it may."""
+        return len(self.request.prompt_ids) + self.max_tokens
 
     @property
     def num_pending(self) -> int:
