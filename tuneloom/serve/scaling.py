@@ -21,7 +21,8 @@ FULL_SHARE = 0.7
 
 def load_of(stats: "EngineStats") -> dict[str, float]:
     """What a replica reports to Serve for the policy."""
-    return {WAITING_TOKENS: stats.waiting_tokens, RUNNING: stats.running, WAITING: stats.waiting}
+    # Whoever waits, if only for an adapter, has at least one token to come.
+    return {WAITING_TOKENS: max(stats.waiting_tokens, stats.waiting), RUNNING: stats.running, WAITING: stats.waiting}
 
 
 def desired_replicas(
