@@ -59,6 +59,7 @@ class EngineSettings(Section):
         None, gt=0, description="seconds unused after which an adapter leaves the device and host memory; None: never"
     )
     threads: int = Field(0, ge=0)
+    native: bool = Field(True, description="use the CPU's matrix units by packed weights and our own kernels")
 
 
 class BaseSettings(Section):

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from torch import nn
 
 from tests.engine.conftest import GREEDY, OpenCore, ref_of, request
 from tests.tiny import make_adapter
-from tuneloom.engine import linear
+from tuneloom.engine import kernels, linear
 from tuneloom.engine.adapter_files import read_adapter
+from tuneloom.engine.kernels import Kernels
 from tuneloom.engine.linear import Product, lazy_zeros
-from tuneloom.engine.lora import HostAdapter, LoraLayers, plan_rows
+from tuneloom.engine.lora import HostAdapter, LoraLayers, PackOptions
 from tuneloom.errors import AdapterRejected
 
 CPU = torch.device("cpu")
@@ -27,6 +29,24 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dense(self.q_proj(x) * torch.cat([self.k_proj(x), self.v_proj(x)], -1))
 
+
+@dataclass(frozen=True)
+class Way:
+    """How an engine multiplies: by torch in fp32, or by the CPU kernels in bf16."""
+
+    dtype: torch.dtype
+    native: Kernels | None
+
+    def options(self, num_slots: int) -> PackOptions:
+        return PackOptions(num_slots, max_rank=32, prepack=False, kernels=self.native)
+
+    def assert_close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        tolerance = 1e-4 if self.dtype == torch.float32 else 0.06
+        assert (found - expected).float().norm() <= tolerance * expected.float().norm()
+
+
+# Where the CPU has no kernels, the second way is torch in bf16.
+WAYS = [Way(torch.float32, None), Way(torch.bfloat16, kernels.load())]
 
 NAMES = ("b.q_proj", "b.k_proj", "b.v_proj", "b.dense")
 
@@ -45,7 +65,8 @@ def random_adapter(rank: int, block: Block, *, seed: int, without: str = "") -> 
 def merged(block: Block, adapter: HostAdapter | None) -> Block:
     out = copy.deepcopy(block)
     for name, (a, b) in adapter.factors.items() if adapter else ():
-        out.get_submodule(name[2:]).weight.data += (a.t() @ b).t()
+        weight = out.get_submodule(name[2:]).weight
+        weight.data += (a.t() @ b).t().to(weight.dtype)
     return out
 
 
@@ -60,39 +81,41 @@ def merged(block: Block, adapter: HostAdapter | None) -> Block:
         ([3, 0], [(3, 2)]),
     ],
 )
+@pytest.mark.parametrize("way", WAYS)
 @torch.inference_mode()
-def test_each_token_is_computed_with_its_own_adapter(scattered: list[int], runs: list[tuple[int, int]]):
+def test_each_token_is_computed_with_its_own_adapter(way: Way, scattered: list[int], runs: list[tuple[int, int]]):
     torch.manual_seed(0)
-    block = Block()
+    block = Block().to(way.dtype)
     adapters = [None, *(random_adapter(r, block, seed=r, without=w) for r, w in ((4, ""), (20, "b.k_proj"), (8, "")))]
     plain = [merged(block, adapter) for adapter in adapters]
-    layers = LoraLayers(block, prefix="b", num_slots=3, prepack=False)
+    layers = LoraLayers(block, way.options(num_slots=3), prefix="b")
     for slot in (1, 2, 3):
-        layers.write(slot, adapters[slot])
+        layers.write(slot, layers.arrange(adapters[slot]))
     slots = [*scattered, *(slot for slot, length in runs for _ in range(length))]
-    x = torch.randn(1, len(slots), 12)
-    layers.step.plan = plan_rows(scattered, runs, CPU)
+    x = torch.randn(1, len(slots), 12, dtype=way.dtype)
+    layers.plan(scattered, runs, CPU)
     expected = torch.stack([plain[slot](x[0, i]) for i, slot in enumerate(slots)])
-    torch.testing.assert_close(block(x)[0], expected, atol=1e-4, rtol=1e-4)
+    way.assert_close(block(x)[0], expected)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @torch.inference_mode()
-def test_a_slot_that_is_written_anew_forgets_the_old_adapter():
+def test_a_slot_that_is_written_anew_forgets_the_old_adapter(way: Way):
     torch.manual_seed(0)
-    block = Block()
+    block = Block().to(way.dtype)
     first, second = random_adapter(8, block, seed=1), random_adapter(2, block, seed=2, without="b.q_proj")
     plain = merged(block, second)
-    layers = LoraLayers(block, prefix="b", num_slots=2, prepack=False)
-    layers.step.plan = plan_rows([2, 0], [], CPU)
-    x = torch.randn(1, 2, 12)
-    layers.write(2, first)
+    layers = LoraLayers(block, way.options(num_slots=2), prefix="b")
+    layers.plan([2, 0], [], CPU)
+    x = torch.randn(1, 2, 12, dtype=way.dtype)
+    layers.write(2, layers.arrange(first))
     block(x)
-    layers.write(2, second)
-    torch.testing.assert_close(block(x)[0, 0], plain(x[0, 0]), atol=1e-4, rtol=1e-4)
+    layers.write(2, layers.arrange(second))
+    way.assert_close(block(x)[0, 0], plain(x[0, 0]))
 
 
 def test_layers_of_one_input_are_fused_and_all_are_named():
-    layers = LoraLayers(Block(), prefix="b", num_slots=1, prepack=False)
+    layers = LoraLayers(Block(), WAYS[0].options(num_slots=1), prefix="b")
     assert layers.num_packs == 2
     assert layers.shapes == {"b.q_proj": (8, 12), "b.k_proj": (4, 12), "b.v_proj": (4, 12), "b.dense": (12, 8)}
 

@@ -3,7 +3,9 @@
 Shapes: T tokens of the batch · H heads · C key/value heads · Q = H / C · D head width · L positions · B cache slots
 """
 
+import functools
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tuneloom.engine.blocks import BLOCK_TOKENS, BlockPool
+from tuneloom.engine.kernels import Kernels
 from tuneloom.engine.linear import lazy_zeros
 from tuneloom.errors import InvalidRequest
 
@@ -48,6 +51,15 @@ class CacheBatch:
         longest = max(positions, default=0) + 1
         self.length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
         self._masks: dict[tuple[object, ...], Tensor] = {}
+
+    @functools.cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The slot and the position of every token."""
+        slots, positions = list(self.slots), list(self.positions)
+        for chunk in self.chunks:
+            slots += [chunk.slot] * chunk.length
+            positions += range(chunk.past, chunk.past + chunk.length)
+        return torch.tensor(slots), torch.tensor(positions)
 
     def decode_start(self, window: int | None) -> int:
         """The first position that any decoding row sees."""
@@ -111,6 +123,7 @@ class KVCache(Protocol):
     `pool` numbers the blocks in which prefixes are kept.
     """
 
+    shape: KVShape
     pool: BlockPool
 
     @property
@@ -124,8 +137,11 @@ class KVCache(Protocol):
         """Slots that no sequence has."""
         ...
 
-    def acquire(self, num_tokens: int) -> int | None:
-        """A free slot with room for `num_tokens`; None when no slot is free or the budget has not so many left."""
+    def acquire(self, num_tokens: int, blocks: Sequence[int] = ()) -> int | None:
+        """A free slot with room for `num_tokens` that holds the tokens of `blocks`, not more than `num_tokens`.
+
+        None when no slot is free or the budget has not so many left.
+        """
         ...
 
     def extend(self, slot: int, num_tokens: int) -> bool:
@@ -151,8 +167,12 @@ class KVCache(Protocol):
         """
         ...
 
-    def attach(self, slot: int, index: int, blocks: list[int]) -> None:
+    def attach(self, slot: int, index: int, blocks: Sequence[int]) -> None:
         """Let the slot hold the tokens of `blocks` as its blocks from `index` on, within what it has reserved."""
+        ...
+
+    def share(self, slot: int, index: int, block: int) -> None:
+        """The slot's block `index` has the same tokens as `block`: one of the two is enough."""
         ...
 
     def attend(
@@ -171,7 +191,7 @@ class KVCache(Protocol):
 
 
 @dataclass
-class _Layer:
+class Layer:
     key_BCLD: Tensor
     value_BCLD: Tensor
 
@@ -194,7 +214,10 @@ class DenseCache:
         *,
         token_budget: int | None = None,
         prefix_blocks: int = 0,
+        kernels: Kernels | None = None,
     ) -> None:
+        # The kernel takes 32 numbers of a head at a time.
+        self._kernels = kernels if shape.width % 32 == 0 else None
         self.shape, self.num_slots, self.max_length = shape, num_slots, max_length
         self.num_tokens = num_slots * max_length if token_budget is None else min(num_slots * max_length, token_budget)
         self.pool = BlockPool(prefix_blocks)
@@ -204,7 +227,7 @@ class DenseCache:
         self._blocks = lazy_zeros(
             max(1, prefix_blocks), layers, 2, groups, BLOCK_TOKENS, width, dtype=shape.dtype, device=device
         )
-        self._layers = [_Layer(*self._rows[layer]) for layer in range(shape.num_layers)]
+        self._layers = [Layer(*self._rows[layer]) for layer in range(shape.num_layers)]
         self._free = list(range(num_slots))
         self._reserved: dict[int, int] = {}
         self._num_free_tokens = self.num_tokens
@@ -217,13 +240,14 @@ class DenseCache:
     def num_free(self) -> int:
         return len(self._free)
 
-    def acquire(self, num_tokens: int) -> int | None:
+    def acquire(self, num_tokens: int, blocks: Sequence[int] = ()) -> int | None:
         """The lowest free slot, or None."""
         if not self._free or num_tokens > self._num_free_tokens:
             return None
         slot = heapq.heappop(self._free)
         self._reserved[slot] = num_tokens
         self._num_free_tokens -= num_tokens
+        self.attach(slot, 0, blocks)
         return slot
 
     def extend(self, slot: int, num_tokens: int) -> bool:
@@ -244,7 +268,8 @@ class DenseCache:
         """Close gaps when they are more than a quarter of the rows that attention would read."""
         moves: list[Move] = []
         used = sorted(lengths)
-        if not used or (used[-1] + 1 - len(used)) * 4 <= used[-1] + 1:
+        # The kernel finds a row wherever it is.
+        if self._kernels is not None or not used or (used[-1] + 1 - len(used)) * 4 <= used[-1] + 1:
             return moves
         while used[-1] >= len(used):
             source = used.pop()
@@ -263,9 +288,12 @@ class DenseCache:
             self._blocks[block] = self._rows[:, :, slot, :, index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
         return block
 
-    def attach(self, slot: int, index: int, blocks: list[int]) -> None:
+    def attach(self, slot: int, index: int, blocks: Sequence[int]) -> None:
         for at, block in enumerate(blocks, index):
             self._rows[:, :, slot, :, at * BLOCK_TOKENS : (at + 1) * BLOCK_TOKENS] = self._blocks[block]
+
+    def share(self, slot: int, index: int, block: int) -> None:
+        """Rows are nobody else's."""
 
     def attend(
         self,
@@ -280,22 +308,29 @@ class DenseCache:
     ) -> Tensor:
         self.shape.check(key_CTD, value_CTD)
         store = self._layers[layer]
+        if self._kernels is not None:
+            return self._kernels.attend(
+                *(each.transpose(0, 1) for each in (query_HTD, key_CTD, value_CTD)),
+                *(store.key_BCLD, store.value_BCLD, *batch.places),
+                scaling=self.shape.width**-0.5 if scaling is None else scaling,
+                window=window,
+            )
         parts = []
         if batch.num_decoding:
             count = batch.num_decoding
             store.key_BCLD[batch.slots_T, :, batch.positions_T] = key_CTD[:, :count].transpose(0, 1)
             store.value_BCLD[batch.slots_T, :, batch.positions_T] = value_CTD[:, :count].transpose(0, 1)
-            parts.append(_decode(store, query_HTD[:, :count].transpose(0, 1), batch, scaling, window))
+            parts.append(decode(store, query_HTD[:, :count].transpose(0, 1), batch, scaling, window))
         for chunk in batch.chunks:
             tokens = slice(chunk.start, chunk.start + chunk.length)
             places = slice(chunk.past, chunk.past + chunk.length)
             store.key_BCLD[chunk.slot, :, places] = key_CTD[:, tokens]
             store.value_BCLD[chunk.slot, :, places] = value_CTD[:, tokens]
-            parts.append(_prefill(store, query_HTD[:, tokens], batch, chunk, scaling, window))
+            parts.append(prefill(store, query_HTD[:, tokens], batch, chunk, scaling, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _decode(store: _Layer, query_THD: Tensor, batch: CacheBatch, scaling: float | None, window: int | None) -> Tensor:
+def decode(store: Layer, query_THD: Tensor, batch: CacheBatch, scaling: float | None, window: int | None) -> Tensor:
     """One query per row. Heads that share keys go into the length axis: several times as fast as repeating the keys."""
     heads, width = query_THD.shape[1:]
     groups = store.key_BCLD.shape[1]
@@ -314,8 +349,8 @@ def _decode(store: _Layer, query_THD: Tensor, batch: CacheBatch, scaling: float 
     return out if batch.is_dense else out.index_select(0, batch.slots_T)
 
 
-def _prefill(
-    store: _Layer, query_HTD: Tensor, batch: CacheBatch, chunk: Chunk, scaling: float | None, window: int | None
+def prefill(
+    store: Layer, query_HTD: Tensor, batch: CacheBatch, chunk: Chunk, scaling: float | None, window: int | None
 ) -> Tensor:
     heads, length, width = query_HTD.shape
     groups = store.key_BCLD.shape[1]

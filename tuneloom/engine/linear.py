@@ -3,6 +3,7 @@
 Shapes: T tokens · K inputs · N outputs
 """
 
+import contextlib
 import logging
 import math
 import mmap
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+_HUGE_PAGE = 2 << 20
 # Rows that oneDNN lays the weight out for; the layout serves any number of rows.
 _PACKED_FOR_ROWS = 32
 _PACKED_TOLERANCE = 2e-2
@@ -77,6 +79,16 @@ def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+def huge_pages(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory of the CPU for `count` numbers that will all be written: in large pages, which are found faster."""
+    size = (count * dtype.itemsize // _HUGE_PAGE + 1) * _HUGE_PAGE
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)[:count]
 
 
 def _pack(weight: Tensor, bias: Tensor | None) -> Tensor | None:

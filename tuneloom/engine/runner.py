@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tuneloom.engine.kv_cache import CacheBatch, Chunk, DenseCache, KVCache
+from tuneloom.engine.fused import fuse
+from tuneloom.engine.kv_cache import CacheBatch, Chunk, KVCache
 from tuneloom.engine.linear import PackedLinear
 from tuneloom.engine.loader import LoadedModel
-from tuneloom.engine.lora import LoraLayers, plan_rows
+from tuneloom.engine.lora import LoraLayers, PackOptions
 from tuneloom.engine.scheduler import Work
 from tuneloom.engine.sequence import Sequence
 from tuneloom.errors import InvalidRequest
@@ -71,7 +72,7 @@ AttentionInterface.register(_ATTENTION, attend)
 class Runner:
     """A model prepared for packed steps. Used by one thread."""
 
-    def __init__(self, loaded: LoadedModel, cache: DenseCache, *, num_adapter_slots: int, prepack: bool) -> None:
+    def __init__(self, loaded: LoadedModel, cache: KVCache, options: PackOptions) -> None:
         """Take over `loaded.model`: its linears and attention are replaced.
 
         Raises:
@@ -82,10 +83,11 @@ class Runner:
         ids = torch.arange(_TRIAL_TOKENS, device=loaded.device) * 7 % loaded.vocab_size
         expected = self._model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
         self._model.set_attn_implementation(_ATTENTION)
-        self.lora = LoraLayers(loaded.body, prefix=loaded.body_name, num_slots=num_adapter_slots, prepack=prepack)
+        self.lora = LoraLayers(loaded.body, options, prefix=loaded.body_name)
+        self.num_fused = fuse(loaded.body, options.kernels) if options.kernels is not None else 0
         head = self._model.get_output_embeddings()
         if type(head) is nn.Linear:
-            self._model.set_output_embeddings(PackedLinear(head, prepack=prepack))
+            self._model.set_output_embeddings(PackedLinear(head, prepack=options.prepack))
         self._try(ids.tolist(), expected, loaded)
         logger.info("linears ready: %d of %d packed", self.lora.num_packed, self.lora.num_packs)
 
@@ -107,7 +109,7 @@ class Runner:
                 samples.append(len(ids) - 1)
         slots = [_slot(sequence) for sequence in work.decoding]
         batch = CacheBatch(slots, positions[: len(slots)], chunks, self._device)
-        self.lora.step.plan = plan_rows(
+        self.lora.plan(
             [sequence.adapter_slot for sequence in work.decoding],
             [(sequence.adapter_slot, count) for sequence, count in work.prefilling],
             self._device,

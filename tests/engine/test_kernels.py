@@ -1,0 +1,178 @@
+"""The CPU kernels against torch in fp32. Where a CPU or a compiler is missing, that they are not offered."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tuneloom.engine import kernels
+from tuneloom.engine.fused import FusedMLP, FusedNorm, fuse
+from tuneloom.engine.kernels import Kernels
+from tuneloom.engine.lora import LoraLayers, PackOptions
+
+Check = Callable[[Kernels], None]
+
+
+def on_kernels(check: Check) -> None:
+    """Run a check where kernels can be had; elsewhere there must be none."""
+    native = kernels.load()
+    if native is None:
+        assert not (kernels.is_supported() and shutil.which("cc"))
+    else:
+        check(native)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 6e-3) -> None:
+    assert (found.float() - expected).norm() <= tolerance * expected.norm()
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def plain_attention(query, keys, values, window: int | None) -> torch.Tensor:
+    """One token's (H, D) over the positions (C, n, D) that it may see."""
+    heads, groups = query.shape[0], keys.shape[0]
+    start = max(0, keys.shape[1] - window) if window else 0
+    keys, values = (each[:, start:].float().repeat_interleave(heads // groups, 0) for each in (keys, values))
+    scores = (keys @ query.float()[:, :, None]).squeeze(-1) * 0.2
+    return (scores.softmax(-1)[:, None] @ values).squeeze(1)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (4, 4, 32), (8, 1, 128), (10, 2, 96)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_of_decoding_rows_and_chunks_is_the_plain_one(heads, groups, width, window):
+    def check(native: Kernels) -> None:
+        slots = torch.tensor([3, 0, 1, 1, 1, 1])
+        positions = torch.tensor([40, 16, 0, 1, 2, 3])
+        key, value = randn(4, groups, 48, width), randn(4, groups, 48, width, seed=1)
+        rows = randn(6, (heads + 2 * groups) * width, seed=2).view(6, -1, width)
+        query, new_key, new_value = rows.split([heads, groups, groups], 1)
+        out = native.attend(query, new_key, new_value, key, value, slots, positions, scaling=0.2, window=window)
+        assert torch.equal(key[1, :, 2], new_key[4]) and torch.equal(value[3, :, 40], new_value[0])
+        for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+            seen = key[slot, :, : position + 1], value[slot, :, : position + 1]
+            assert_near(out[i], plain_attention(query[i], *seen, window), 1e-2)
+
+    on_kernels(check)
+
+
+def test_what_is_no_number_stays_in_its_row():
+    def check(native: Kernels) -> None:
+        key, value = randn(2, 1, 20, 32), randn(2, 1, 20, 32, seed=1)
+        key[0, 0, 3, 5] = float("nan")
+        rows = randn(2, 4, 32, seed=2)
+        arguments = rows[:, :2], rows[:, 2:3], rows[:, 3:], key, value, torch.tensor([0, 1]), torch.tensor([9, 9])
+        out = native.attend(*arguments, scaling=0.2, window=None)
+        assert out[0].isnan().all() and out[1].isfinite().all()
+        scores = randn(3, 77)
+        scores[1, 50] = float("nan")
+        best, _ = native.argmax(scores)
+        assert best.isnan().tolist() == [False, True, False]
+
+    on_kernels(check)
+
+
+@pytest.mark.parametrize("width", [576, 50])
+def test_small_kernels_are_torch_rounded_once_or_twice(width: int):
+    def check(native: Kernels) -> None:
+        x, weight = randn(7, width) * 20, randn(width, seed=1)
+        normal = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        for offset in (0.0, 1.0):
+            expected = normal * (offset + weight.float())
+            assert_near(native.rms_norm(x, weight, eps=1e-5, offset=offset, rounds=False), expected)
+        both = randn(9, 2 * width, seed=3) * 8
+        assert_near(native.silu_mul(both), F.silu(both[:, :width].float()) * both[:, width:].float())
+        ties = randn(5, width, seed=4)
+        ties[:, 7] = ties[:, 21] = 9
+        best, place = native.argmax(ties)
+        assert best.tolist() == [9.0] * 5 and place.tolist() == [7] * 5
+
+    on_kernels(check)
+
+
+def test_threads_change_nothing():
+    def check(native: Kernels) -> None:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            key, value, rows = randn(8, 2, 64, 32), randn(8, 2, 64, 32, seed=1), randn(8, 8, 32, seed=2)
+            places = torch.arange(8), torch.arange(8) * 7
+            parts = rows.split([4, 2, 2], 1)
+            results.append(native.attend(*parts, key, value, *places, scaling=0.2, window=None))
+            results.append(native.rms_norm(rows.view(8, -1), randn(256), eps=1e-5, offset=0.0, rounds=True))
+        torch.set_num_threads(1)
+        assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+    on_kernels(check)
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(randn(64), requires_grad=False)
+        self.eps = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        return (x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (1 + self.weight.float())).bfloat16()
+
+
+class Gated(nn.Module):
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.norm, self.other = Norm(), nn.LayerNorm(64).bfloat16()
+        self.gate_proj, self.up_proj = (nn.Linear(64, 96, bias=False).bfloat16() for _ in range(2))
+        self.down_proj = nn.Linear(96, 64, bias=False).bfloat16()
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+@torch.inference_mode()
+def test_modules_are_replaced_only_where_the_result_is_theirs():
+    def check(native: Kernels) -> None:
+        body = nn.ModuleDict({"silu": Gated(F.silu), "gelu": Gated(F.gelu)})
+        LoraLayers(body, PackOptions(1, 8, prepack=False, kernels=native), prefix="")
+        x = randn(3, 64)
+        expected = body["silu"](x).float()
+        assert fuse(body, native) == 3
+        assert isinstance(body["silu"], FusedMLP) and isinstance(body["gelu"], Gated)
+        assert isinstance(body["gelu"].norm, FusedNorm) and isinstance(body["gelu"].other, nn.LayerNorm)
+        assert_near(body["silu"](x), expected, 1e-2)
+
+    on_kernels(check)
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "compiler fails", "other cpu"])
+def test_without_compiler_or_cpu_there_are_no_kernels(
+    fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def fail(*command: str) -> str:
+        raise subprocess.CalledProcessError(1, command, stderr="cc: error")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "is_supported", lambda: fault != "other cpu")
+    if fault == "no compiler":
+        monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    elif fault == "compiler fails":
+        monkeypatch.setattr(kernels, "_run", fail)
+    assert kernels.load.__wrapped__() is None
+    assert ("no kernels" in caplog.text) == (fault != "other cpu")
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_library_is_built_once_for_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def check(_: Kernels) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        first = kernels._build()
+        assert kernels._build() == first and first.parent.stat().st_mode & 0o077 == 0
+        assert [path.name for path in tmp_path.rglob("*.so")] == [first.name]
+
+    on_kernels(check)
