@@ -93,6 +93,22 @@ async def test_requests_beyond_the_queue_are_refused_at_once(tiny_base, tiny_pro
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def test_an_owner_that_fills_the_queue_locks_nobody_out(tiny_base, tiny_prompts):
+    def ask(id: str, owner: str) -> asyncio.Task:
+        return asyncio.create_task(answer(engine, request(id, tiny_prompts[1], owner=owner)))
+
+    async with running(tiny_base, max_sequences=1, max_waiting=3) as engine:
+        flood = [ask(f"flood{i}", "flood") for i in range(4)]
+        await until(lambda: len(engine._live) == 4)
+        others = [ask(f"other{i}", "other") for i in range(2)]
+        await until(lambda: len(engine._live) == 6)
+        for owner in ("flood", "other"):
+            with pytest.raises(Overloaded, match="wait already"):
+                await ask("late", owner)
+        assert [len(found) for found in await asyncio.gather(*flood, *others)] == [8] * 6
+        assert not engine._num_by_owner
+
+
 async def test_wrong_requests_are_refused_before_they_wait(tiny_base, tiny_prompts):
     async with running(tiny_base, max_length=64) as engine:
         assert engine.max_length == 64

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class LocalEngine:
         self._inbox: deque[Command] = deque()
         self._signal = threading.Event()
         self._live: dict[str, _Mailbox] = {}
+        self._num_by_owner = Counter[str]()
         self._has_none = asyncio.Event()
         self._is_draining = self._is_closing = self._has_stopped = False
         self._core: EngineCore | None = None
@@ -73,6 +74,7 @@ class LocalEngine:
         self._started().check(request)
         self._check_room(request)
         mailbox = self._live[request.id] = _Mailbox()
+        self._num_by_owner[request.owner] += 1
         self._post(lambda core: core.add(request))
         is_finished = False
         try:
@@ -81,9 +83,7 @@ class LocalEngine:
                 is_finished = output.finish_reason is not None
                 yield output
         finally:
-            del self._live[request.id]
-            if not self._live:
-                self._has_none.set()
+            self._forget(request)
             if not is_finished:
                 self._post(lambda core: core.abort(request.id))
 
@@ -154,9 +154,24 @@ class LocalEngine:
         if self._is_draining:
             raise Overloaded("This replica is shutting down. Retry.", retry_after_s=1.0)
         if len(self._live) >= self._config.max_sequences + self._config.max_waiting:
-            raise Overloaded(f"{self._config.max_waiting} requests wait already. Retry in a moment.", retry_after_s=2.0)
+            self._check_share(request.owner)
         if request.id in self._live:
             raise InvalidRequest(f"A generation `{request.id}` is running. Choose another id.")
+
+    def _check_share(self, owner: str) -> None:
+        """With all places taken, let in who has less than its share of them, so that one owner locks nobody out."""
+        limit = self._config.max_sequences + self._config.max_waiting
+        share = max(1, limit // len({*self._num_by_owner, owner}))
+        if self._num_by_owner[owner] >= share or len(self._live) >= 2 * limit:
+            raise Overloaded(f"{self._config.max_waiting} requests wait already. Retry in a moment.", retry_after_s=2.0)
+
+    def _forget(self, request: SequenceRequest) -> None:
+        del self._live[request.id]
+        self._num_by_owner[request.owner] -= 1
+        if not self._num_by_owner[request.owner]:
+            del self._num_by_owner[request.owner]
+        if not self._live:
+            self._has_none.set()
 
     def _post(self, command: Command) -> None:
         self._inbox.append(command)
