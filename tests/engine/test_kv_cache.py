@@ -3,17 +3,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuneloom.engine.kv_cache import CacheBatch, Chunk, DenseCache, KVShape
+from tuneloom.engine.blocks import BLOCK_TOKENS
+from tuneloom.engine.kv_cache import CacheBatch, Chunk, DenseCache, KVCache, KVShape
+from tuneloom.engine.paged_cache import PagedCache
+from tuneloom.errors import InvalidRequest
 
 CPU = torch.device("cpu")
 HEADS, GROUPS, WIDTH = 4, 2, 8
 SHAPE = KVShape(1, GROUPS, WIDTH, torch.float32)
 
 
+def open_cache(form: str, num_slots: int, max_length: int, *, num_tokens: int | None = None) -> KVCache:
+    num_tokens = num_slots * max_length if num_tokens is None else num_tokens
+    if form == "paged":
+        return PagedCache(SHAPE, num_slots, max_length, CPU, num_tokens=num_tokens)
+    return DenseCache(SHAPE, num_slots, max_length, CPU, token_budget=num_tokens, prefix_blocks=4)
+
+
 class Model:
     """Sequences with random keys and values: what the cache should remember, kept apart."""
 
-    def __init__(self, cache: DenseCache, window: int | None) -> None:
+    def __init__(self, cache: KVCache, window: int | None) -> None:
         self.cache, self.window = cache, window
         self.sequences: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -47,20 +57,21 @@ class Model:
         return len(moves)
 
 
-@given(st.data())
+@pytest.mark.parametrize("form", ["dense", "paged"])
+@given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_sequences_come_and_go_and_each_sees_its_own_past(data: st.DataObject):
+def test_sequences_come_and_go_and_each_sees_its_own_past(form: str, data: st.DataObject):
     torch.manual_seed(0)
-    model = Model(DenseCache(SHAPE, 5, 24, CPU), data.draw(st.sampled_from([None, 6])))
+    model = Model(open_cache(form, 5, 48), data.draw(st.sampled_from([None, 6, 20])))
     for _ in range(data.draw(st.integers(1, 12))):
-        ended = [slot for slot, kept in model.sequences.items() if len(kept) > 12 or data.draw(st.booleans())]
+        ended = [slot for slot, kept in model.sequences.items() if len(kept) > 36 or data.draw(st.booleans())]
         for slot in ended:
-            model.cache.release(slot, length=len(model.sequences.pop(slot)), is_clean=True)
+            model.cache.release(slot, length=len(model.sequences.pop(slot)), is_clean=data.draw(st.booleans()))
         model.compact()
         decoding = [slot for slot, kept in model.sequences.items() if kept]
         prompts = []
-        for length in data.draw(st.lists(st.integers(1, 8), max_size=2)):
-            slot = model.cache.acquire(24)
+        for length in data.draw(st.lists(st.sampled_from([1, 5, 8, 16, 23]), max_size=2)):
+            slot = model.cache.acquire(48)
             if slot is not None:
                 model.sequences[slot] = []
                 prompts.append((slot, length))
@@ -99,10 +110,90 @@ def test_only_an_unclean_slot_is_wiped(is_clean: bool):
     assert bool(model.cache._layers[0].key_BCLD.any()) == is_clean
 
 
-def test_a_full_cache_has_no_slot():
-    cache = DenseCache(SHAPE, 2, 16, CPU)
+@pytest.mark.parametrize("form", ["dense", "paged"])
+def test_numbers_of_a_broken_sequence_reach_nobody(form: str):
+    torch.manual_seed(0)
+    model = Model(open_cache(form, 2, 16), None)
+    slot = model.cache.acquire(16)
+    query, key, value = (torch.full((n, 16, WIDTH), torch.nan) for n in (HEADS, GROUPS, GROUPS))
+    model.cache.attend(0, query, key, value, CacheBatch([], [], [Chunk(slot, 0, 16, 0)], CPU), scaling=0.5, window=None)
+    model.cache.release(slot, length=16, is_clean=False)
+    for slot, length in ((model.cache.acquire(16), 3), (model.cache.acquire(16), 9)):
+        model.sequences[slot] = []
+        model.step([], [(slot, length)])
+    model.step(list(model.sequences), [])
+
+
+@pytest.mark.parametrize("form", ["dense", "paged"])
+def test_a_full_cache_has_no_slot(form: str):
+    cache = open_cache(form, 2, 16)
     assert (cache.acquire(16), cache.acquire(16), cache.acquire(1)) == (0, 1, None)
     assert cache.num_tokens == 32
+
+
+@pytest.mark.parametrize("form", ["dense", "paged"])
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_saved_block_serves_another_sequence(form: str, window: int | None):
+    torch.manual_seed(0)
+    model = Model(open_cache(form, 3, 64), window)
+    first, second = model.cache.acquire(64), model.cache.acquire(64)
+    model.sequences = {first: []}
+    model.step([], [(first, 40)])
+    blocks = [model.cache.save(first, index) for index in (0, 1)]
+    model.cache.attach(second, 0, blocks)
+    for block in blocks:
+        model.cache.pool.drop(block)
+    model.sequences[second] = model.sequences[first][: 2 * BLOCK_TOKENS]
+    model.step([first], [(second, 5)])
+    model.cache.release(first, length=41, is_clean=True)
+    del model.sequences[first]
+    model.step([second], [])
+
+
+def test_paged_sequences_share_the_room_of_a_block_and_the_last_one_frees_it():
+    cache = open_cache("paged", 3, 64, num_tokens=96)
+    first, second = cache.acquire(32), cache.acquire(32)
+    block = cache.save(first, 0)
+    cache.attach(second, 0, [block])
+    cache.pool.drop(block)
+    assert cache.num_free_tokens == 48
+    cache.release(first, length=32, is_clean=True)
+    assert cache.num_free_tokens == 64
+    cache.release(second, length=32, is_clean=True)
+    assert cache.num_free_tokens == 96
+
+
+def test_a_block_of_a_broken_sequence_that_another_uses_is_wiped_when_it_is_free():
+    cache = open_cache("paged", 2, 16, num_tokens=32)
+    first, second = cache.acquire(16), cache.acquire(16)
+    block = cache.save(first, 0)
+    cache.attach(second, 0, [block])
+    cache.pool.drop(block)
+    cache._blocks[:, :, block] = torch.nan
+    cache.release(first, length=16, is_clean=False)
+    cache.acquire(16)
+    assert cache._blocks[:, :, block].isnan().all(), "the other one still has it"
+    cache.release(second, length=16, is_clean=True)
+    cache.acquire(16)
+    assert not cache._blocks.isnan().any()
+
+
+def test_a_layer_that_does_not_fit_the_cache_is_refused():
+    cache = open_cache("dense", 1, 16)
+    odd = torch.zeros(GROUPS, 1, WIDTH + 1)
+    with pytest.raises(InvalidRequest, match="its config says 2 x 8"):
+        cache.attend(0, odd, odd, odd, CacheBatch([], [], [], CPU), scaling=None, window=None)
+
+
+def test_the_shape_of_a_base_comes_from_its_config():
+    from transformers import LlamaConfig, PhiConfig
+
+    config = LlamaConfig(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, hidden_size=64, head_dim=24)
+    shape = KVShape.of(config, torch.bfloat16)
+    assert (shape.num_layers, shape.num_groups, shape.width) == (3, 2, 24)
+    assert shape.bytes_per_token == 2 * 3 * 2 * 24 * 2
+    config = PhiConfig(num_attention_heads=8, hidden_size=64)
+    assert (KVShape.of(config, torch.float32).num_groups, KVShape.of(config, torch.float32).width) == (8, 8)
 
 
 def test_tokens_come_out_of_one_budget_and_go_back_to_it():
