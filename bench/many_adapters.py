@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> Report:
             found = interleave(sides, setup.repetitions)
             late = [_lateness_s(ours, setup, work, ref) for ref in cold]
             stats = ours.engine.stats()
-            report.notes.append(f"{stats.adapter_loads} adapters read, {stats.adapter_evictions} slots taken from another")
+            report.notes.append(
+                f"{stats.adapter_loads} adapters read, {stats.adapter_evictions} slots taken from another"
+            )
     report.foreign_share = load.share
     many = report.add(MANY.format(count=count), "tok/s", found[MANY]).median
     few = report.add(FEW, "tok/s", found[FEW]).median
