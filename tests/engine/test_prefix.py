@@ -63,10 +63,10 @@ class World:
         return writer
 
     def admit(self, writer: Writer) -> bool:
-        place = self.prefix.acquire(writer.chain, len(writer.ids), len(writer.ids))
-        if place is None:
+        writer.slot = self.prefix.acquire(writer.chain, len(writer.ids), len(writer.ids))
+        if writer.slot is None:
             return False
-        writer.slot, writer.num_computed = place.slot, place.num_computed
+        writer.num_computed = self.prefix.begin(writer.chain, writer.slot, len(writer.ids))
         self.check(writer)
         return True
 

@@ -111,8 +111,8 @@ class KVShape:
         for each in (key_CTD, value_CTD):
             if (each.shape[0], each.shape[2]) != (self.num_groups, self.width):
                 raise InvalidRequest(
-                    f"A layer of this base has keys and values of {each.shape[0]} x {each.shape[2]} numbers a token, "
-                    f"its config says {self.num_groups} x {self.width}. It cannot share the engine's cache."
+                    f"a layer has keys and values of {each.shape[0]} x {each.shape[2]} numbers a token, "
+                    f"its config says {self.num_groups} x {self.width}"
                 )
 
 
@@ -138,9 +138,9 @@ class KVCache(Protocol):
         ...
 
     def acquire(self, num_tokens: int, blocks: Sequence[int] = ()) -> int | None:
-        """A free slot with room for `num_tokens` that holds the tokens of `blocks`, not more than `num_tokens`.
+        """A free slot with room for `num_tokens`; None when no slot is free or the budget has not so many left.
 
-        None when no slot is free or the budget has not so many left.
+        `blocks` are about to be attached from the first on: they take no room where blocks are shared.
         """
         ...
 
@@ -247,7 +247,6 @@ class DenseCache:
         slot = heapq.heappop(self._free)
         self._reserved[slot] = num_tokens
         self._num_free_tokens -= num_tokens
-        self.attach(slot, 0, blocks)
         return slot
 
     def extend(self, slot: int, num_tokens: int) -> bool:

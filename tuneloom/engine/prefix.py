@@ -59,14 +59,6 @@ class PrefixCounters:
     evictions: int = 0
 
 
-@dataclass(frozen=True)
-class Place:
-    """A cache slot, and how many tokens it holds already."""
-
-    slot: int
-    num_computed: int
-
-
 @dataclass(eq=False)
 class _Node:
     block: int
@@ -104,19 +96,21 @@ class PrefixCache:
         self._chains.add(chain)
         return chain
 
-    def acquire(self, chain: Chain, room: int, num_tokens: int) -> Place | None:
-        """A cache slot with room for `room` tokens that holds what is there of the sequence's `num_tokens`.
-
-        At least the last token is left to compute. None if the cache has no such slot.
+    def acquire(self, chain: Chain, room: int, num_tokens: int) -> int | None:
+        """A cache slot with room for `room` tokens, or None; what is there of the `num_tokens` need not be room of its
+        own. To be followed by `begin`, or by giving the slot back.
         """
         end = self._match(chain, 0, num_tokens)
-        slot = self._cache.acquire(max(room, end * BLOCK_TOKENS), self._blocks(chain, 0, end))
-        if slot is None:
-            return None
+        return self._cache.acquire(room, self._blocks(chain, 0, end))
+
+    def begin(self, chain: Chain, slot: int, num_tokens: int) -> int:
+        """Put into a new slot what is there of the sequence's tokens, and return how many those are.
+
+        At least the last token is left to compute.
+        """
         if self._is_on:
             self.counters.query_tokens += num_tokens
-        self._hit(chain, 0, end)
-        return Place(slot, end * BLOCK_TOKENS)
+        return self.attach(chain, slot, 0, num_tokens)
 
     def attach(self, chain: Chain, slot: int, num_computed: int, num_tokens: int) -> int:
         """Put into the slot what is there beyond the `num_computed` tokens that it holds, and return what it holds.
