@@ -30,6 +30,10 @@ class EngineSettings(Section):
     """
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="keep the linear layers of a plain base in 4 or 8 bits, by bitsandbytes"
+    )
+    memory_share: float = Field(0.9, gt=0, le=1, description="share of the free memory that a base may plan with")
     max_sequences: int = Field(32, ge=1, description="sequences that run at once")
     max_waiting: int = Field(256, ge=1, description="requests that may wait; beyond it a request gets 503")
     max_length: int | None = Field(None, ge=16, description="context served; None: the base's own")

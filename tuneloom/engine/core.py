@@ -18,12 +18,11 @@ from torch import Tensor
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.adapter_files import read_adapter
 from tuneloom.engine.adapters import AdapterCache
+from tuneloom.engine.assembly import assemble
 from tuneloom.engine.base import EngineStats, SequenceOutput, SequenceRequest, TokenOutput
-from tuneloom.engine.kv_cache import DenseCache, KVShape
-from tuneloom.engine.loader import load_model
 from tuneloom.engine.lora import HostAdapter
 from tuneloom.engine.matcher import Grammars
-from tuneloom.engine.runner import Runner
+from tuneloom.engine.prefix import PrefixCache
 from tuneloom.engine.sampler import SamplingState, sample
 from tuneloom.engine.scheduler import Limits, Outcome, Scheduler, Work
 from tuneloom.engine.sequence import Sequence
@@ -42,7 +41,7 @@ Event = tuple[str, SequenceOutput | TuneloomError]
 class EngineConfig:
     """How one engine runs; lengths in tokens. `config.EngineSettings` documents the fields they share.
 
-    `prepack`: reorder bf16 weights for the CPU's matrix units.
+    `native`: use what this CPU has beyond torch's plain operators, as packed weights and our own kernels.
     """
 
     dtype: str = "auto"
@@ -50,6 +49,8 @@ class EngineConfig:
     max_waiting: int = 256
     max_length: int | None = None
     kv_cache_tokens: int | None = None
+    kv_cache: str = "auto"
+    prefix_cache_bytes: int = 512 << 20
     max_step_tokens: int = 256
     max_step_ms: float = 200.0
     decode_weight: float = 2.0
@@ -58,7 +59,9 @@ class EngineConfig:
     max_rank: int = 64
     host_cache_bytes: int = 1 << 30
     threads: int = 0
-    prepack: bool = True
+    native: bool = True
+    quantization: str = "none"
+    memory_share: float = 0.9
     adapter_timeout_s: float = 60.0
     adapter_loaders: int = 4
     adapter_failure_s: float = 5.0
@@ -79,21 +82,15 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Load the base; `wake` is called from other threads when a step may find more to do."""
-        loaded = load_model(base_path, config.dtype)
+        parts = self._parts = assemble(base_path, config)
         self.config = config
-        length = min(config.max_length or loaded.max_length, loaded.max_length)
-        self.vocab_size = loaded.vocab_size
+        self.max_length, self.vocab_size = parts.max_length, parts.vocab_size
         self._fetch, self._clock, self._wake = fetch, clock, wake
-        self._device, self._dtype = loaded.device, loaded.dtype
-        shape = KVShape.of(loaded.model.config.get_text_config(), loaded.dtype)
-        self._cache = DenseCache(
-            shape, config.max_sequences, length, loaded.device, token_budget=config.kv_cache_tokens
-        )
-        # A sequence that has the cache for itself must fit.
-        self.max_length = min(length, self._cache.num_tokens)
-        self._runner = Runner(loaded, self._cache, num_adapter_slots=config.adapter_slots, prepack=config.prepack)
+        self._cache, self._runner = parts.cache, parts.runner
+        number_format = str(parts.dtype).removeprefix("torch.")
+        self._prefix = PrefixCache(self._cache, number_format, is_on=config.prefix_cache_bytes > 0)
         self.adapters = AdapterCache(
-            config.adapter_slots,
+            parts.adapter_slots,
             config.host_cache_bytes,
             self._read,
             self._runner.lora.write,
@@ -105,8 +102,8 @@ class EngineCore:
             slot_bytes=lambda: self._runner.lora.slot_bytes,
         )
         limits = Limits(
-            config.max_sequences,
-            config.max_step_tokens,
+            parts.max_sequences,
+            parts.max_step_tokens,
             self._cache.num_tokens,
             config.max_step_ms,
             config.decode_weight,
@@ -170,6 +167,7 @@ class EngineCore:
             sequence.load_bytes = 0 if is_loaded else request.adapter.size_bytes
             self._alarms.set(sequence.arrived_at + self.config.adapter_timeout_s, request.id)
         self._alarms.set(sequence.deadline_at, request.id)
+        sequence.chain = self._prefix.open(request.owner, sequence.adapter_key, sequence.tokens)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
@@ -182,6 +180,10 @@ class EngineCore:
     def abort_all(self) -> None:
         for id in list(self._sequences):
             self.abort(id)
+
+    def drop_prefixes(self, adapter: str) -> None:
+        """Forget what was computed with an adapter, given by its content hash; running sequences go on."""
+        self._prefix.drop_adapter(adapter)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -222,9 +224,12 @@ class EngineCore:
             tokens_per_s=1000 * self._step_answers / self._step_ms if self._step_ms else 0.0,
             tiers=self.adapters.tiers(),
             extra={
-                "device": str(self._device),
-                "dtype": str(self._dtype).removeprefix("torch."),
+                "device": str(self._parts.device),
+                "dtype": str(self._parts.dtype).removeprefix("torch."),
+                **self._parts.report(),
+                "prefix_cache": self._prefix.stats(),
                 "linears_packed": self._runner.lora.num_packed,
+                "modules_fused": self._runner.num_fused,
             },
         )
 
@@ -233,8 +238,9 @@ class EngineCore:
         self._grammars.close()
 
     def _read(self, ref: AdapterRef) -> HostAdapter:
-        return read_adapter(
-            self._fetch(ref), self._runner.lora.shapes, max_rank=self.config.max_rank, dtype=self._dtype
+        lora = self._runner.lora
+        return lora.arrange(
+            read_adapter(self._fetch(ref), lora.shapes, max_rank=self.config.max_rank, dtype=self._parts.dtype)
         )
 
     def admit(self, sequence: Sequence) -> Outcome:
@@ -251,9 +257,21 @@ class EngineCore:
         assert sequence.cache_slot is not None
         return self._cache.extend(sequence.cache_slot, sequence.num_tokens)
 
+    def goes_on(self, sequence: Sequence) -> bool:
+        """Take what others have computed of a prompt meanwhile; False while another computes what comes next."""
+        assert sequence.cache_slot is not None
+        chain, count = sequence.chain, sequence.num_tokens
+        found = self._prefix.attach(chain, sequence.cache_slot, sequence.num_computed, count)
+        sequence.skip_to(found)
+        if self._prefix.is_coming(chain, found, count):
+            return False
+        self._prefix.claim(chain, found, count)
+        return True
+
     def take_back(self, sequence: Sequence) -> None:
         """Take the slots of a running sequence that will be admitted again; its answer and sampling stay with it."""
         assert sequence.cache_slot is not None
+        self._prefix.yield_claims(sequence.chain)
         self._cache.release(sequence.cache_slot, length=sequence.num_tokens, is_clean=True)
         sequence.cache_slot, sequence.num_computed = None, 0
         if sequence.adapter is not None:
@@ -265,7 +283,7 @@ class EngineCore:
     def _admit(self, sequence: Sequence) -> Outcome:
         adapter = sequence.adapter
         room = min(sequence.num_tokens + _HEADROOM_TOKENS, sequence.most_tokens)
-        cache_slot = self._cache.acquire(room)
+        cache_slot = self._prefix.acquire(sequence.chain, room, sequence.num_tokens)
         if cache_slot is None:
             is_ready = adapter is None or self.adapters.is_loaded(adapter)
             return Outcome.NO_ROOM if is_ready else Outcome.LOADING
@@ -275,6 +293,7 @@ class EngineCore:
                 return Outcome.NO_SLOT if self.adapters.is_loaded(adapter) else Outcome.LOADING
             sequence.adapter_slot = adapter_slot
         sequence.cache_slot = cache_slot
+        sequence.skip_to(self._prefix.begin(sequence.chain, cache_slot, sequence.num_tokens))
         return Outcome.ADMITTED
 
     def _acquire_adapter(self, sequence: Sequence, adapter: AdapterRef, cache_slot: int) -> int | None:
@@ -298,6 +317,7 @@ class EngineCore:
         try:
             logits = self._runner.forward(work)
             tokens = self._advance(work, logits)
+            self._keep(work)
         except Exception:
             # One broken step must not end the engine; whatever it computed cannot be trusted.
             logger.exception("step failed: %s", [sequence.id for sequence in work.sequences])
@@ -326,6 +346,12 @@ class EngineCore:
             return []
         return list(zip(sampling, sample(logits, sampling), strict=True))
 
+    def _keep(self, work: Work) -> None:
+        """Leave what was computed to others; a sequence that fails takes it back."""
+        for sequence in work.sequences:
+            assert sequence.cache_slot is not None
+            self._prefix.save(sequence.chain, sequence.cache_slot, sequence.num_computed)
+
     def _take(self, sequence: Sequence, token: TokenOutput | TuneloomError) -> Event:
         if isinstance(token, TuneloomError):
             logger.error("no token can be chosen: %s: %s", sequence.id, token)
@@ -340,7 +366,7 @@ class EngineCore:
             reason = "length"
         if reason is not None:
             self._end(sequence, is_clean=True)
-        return sequence.id, SequenceOutput((token,), reason)
+        return sequence.id, SequenceOutput((token,), reason, sequence.num_cached)
 
     def _expire(self, now: float) -> list[Event]:
         """End what is past its deadline, or has waited too long for its adapter."""
@@ -368,6 +394,7 @@ class EngineCore:
         """Give back all that a sequence holds."""
         del self._sequences[sequence.id]
         self._scheduler.remove(sequence)
+        self._prefix.close(sequence.chain, is_clean=is_clean)
         if sequence.cache_slot is None:
             if sequence.adapter is not None:
                 self.adapters.forget(sequence.adapter)
