@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import CHATML, CORPUS
 from tuneloom.engine.text import Codec, TextStream
-from tuneloom.errors import InvalidRequest, UnsupportedParameter
+from tuneloom.errors import InvalidRequest
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -122,9 +122,9 @@ def test_messages_that_the_template_refuses_are_a_clear_error(codec: Codec, tiny
         codec.encode_chat([])
 
 
-def test_tools_are_refused_where_the_template_knows_none(codec: Codec):
-    with pytest.raises(UnsupportedParameter, match="tools"):
-        codec.encode_chat(CHAT[:1], tools=[{"type": "function", "function": {"name": "f"}}])
+def test_a_template_without_tools_is_told_of_them_in_the_system_message(codec: Codec):
+    told = codec.decode(codec.encode_chat(CHAT[:1], tools=[{"type": "function", "function": {"name": "f"}}]))
+    assert told.startswith("system\n") and '{"name": "f", "parameters": {"type": "object", "properties": {}}}' in told
 
 
 @pytest.mark.parametrize("template", ["<s>{{ messages[0]['content'] }}", "{{ messages[0]['content'] }}"])

@@ -32,7 +32,8 @@ def test_every_field_of_the_openai_client_is_honoured_ignored_or_refused_by_name
     from openai.types import completion_create_params
     from openai.types.chat import completion_create_params as chat_create_params
 
-    read_apart = {"messages", "prompt", "stop", "logit_bias", "stream_options"}
+    read_apart = {"messages", "prompt", "stop", "logit_bias", "stream_options", "service_tier"}
+    read_apart |= {"tools", "tool_choice", "parallel_tool_calls", "response_format"}
     for params, model in ((chat_create_params, Chat), (completion_create_params, Completion)):
         legal = set(params.CompletionCreateParamsNonStreaming.__annotations__)
         legal |= set(params.CompletionCreateParamsBase.__annotations__)
@@ -71,7 +72,8 @@ def test_all_sampling_fields_reach_the_engine() -> None:
 
 def test_null_means_the_default_in_every_field() -> None:
     nulls = {name: None for name in (set(Chat.model_fields) | IGNORED | set(REFUSED)) - {"model"}}
-    call = parse_chat(chat(**nulls, stop=None, logit_bias=None, stream_options=None))
+    apart = ("stop", "logit_bias", "stream_options", "tools", "tool_choice", "parallel_tool_calls", "response_format")
+    call = parse_chat(chat(**nulls, **dict.fromkeys(apart), service_tier=None))
     assert call == parse_chat(chat())
 
 
@@ -96,10 +98,8 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("functions", [{"name": "f"}]),
-        ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
+        ("function_call", {"name": "f"}),
         ("audio", {"voice": "x", "format": "wav"}),
         ("modalities", ["text", "audio"]),
         ("prediction", {"type": "content", "content": "x"}),
@@ -145,6 +145,8 @@ def test_what_cannot_be_honoured_is_refused_by_name(field: str, value: Any) -> N
         ({"messages": None}, "missing_required_parameter", "messages"),
         ({"messages": "hi"}, "invalid_type", "messages"),
         ({"messages": []}, "invalid_value", "messages"),
+        ({"service_tier": "gold"}, "invalid_value", "service_tier"),
+        ({"service_tier": 1}, "invalid_type", "service_tier"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_kind_of_fault(fields: dict[str, Any], code: str, param: str) -> None:
@@ -177,6 +179,18 @@ def test_a_wrong_field_is_named_with_its_kind_of_fault(fields: dict[str, Any], c
 )
 def test_a_wrong_message_is_named_by_its_place(message: Any, code: str, param: str) -> None:
     assert refusal(parse_chat, chat(messages=[*HI, message])) == (code, param)
+
+
+@pytest.mark.parametrize(("tier", "priority"), [("flex", -1), ("auto", 0), ("default", 0), ("priority", 1)])
+def test_the_service_tier_orders_the_requests_of_an_owner(tier: str, priority: int) -> None:
+    assert parse_chat(chat(service_tier=tier)).priority == priority
+    assert parse_completion(completion(service_tier=tier)).priority == priority
+
+
+@pytest.mark.parametrize("field", ["functions", "function_call"])
+def test_deprecated_fields_are_refused_with_their_successor(field: str) -> None:
+    with pytest.raises(InvalidRequest, match="Send `tool"):
+        parse_chat(chat(**{field: {"name": "f"}}))
 
 
 def test_messages_come_out_in_the_words_of_chat_templates() -> None:
@@ -237,6 +251,8 @@ def test_a_prompt_is_text_or_token_ids_alone_or_in_a_list(prompt: Any, prompts: 
         ({"best_of": 2}, "unsupported_parameter", "best_of"),
         ({"suffix": "x"}, "unsupported_parameter", "suffix"),
         ({"echo": True, "logprobs": 1}, "unsupported_parameter", "echo"),
+        ({"tools": []}, "unknown_parameter", "tools"),
+        ({"service_tier": "gold"}, "invalid_value", "service_tier"),
         ({"messages": HI}, "unknown_parameter", "messages"),
     ],
 )

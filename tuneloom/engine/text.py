@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tuneloom.engine.tool_grammar import Tokens
+from tuneloom.engine.tools import CallFormat, ToolUse, find_tool_use
 from tuneloom.engine.vocabulary import Vocabulary
-from tuneloom.errors import InvalidRequest, UnsupportedParameter
+from tuneloom.errors import InvalidRequest
 
 _PROBE = "tuneloomprobe"
 
@@ -19,7 +21,8 @@ _PROBE = "tuneloomprobe"
 class Codec:
     """The tokenizer and chat template of one base. Thread-safe; holds no state of a request.
 
-    `stop_ids`: ids that end an answer. `context_length` and `vocab_size` are the model's own.
+    `stop_ids`: ids that end an answer. `context_length` and `vocab_size` are the model's own. `call_format`: how the
+    base writes calls of tools; `marks`: its tokens that are marks.
     """
 
     def __init__(self, tokenizer: Any, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
@@ -33,6 +36,7 @@ class Codec:
         self.context_length: int = text_config["max_position_embeddings"]
         self.vocab_size: int = text_config["vocab_size"]
         self._bos_id = self._default_bos()
+        self._tool_use: ToolUse | None = None
         self._cut_after = self._find_cut()
         end_of_turn = self._find_end_of_turn()
         self.stop_ids = frozenset(
@@ -44,6 +48,12 @@ class Codec:
                 *_as_ids(end_of_turn),
             ]
         )
+        self._tool_use = find_tool_use(
+            self._apply, str(tokenizer.chat_template), [self.token_text(id)[0] for id in self.stop_ids]
+        )
+        self.call_format: CallFormat = self._tool_use.format
+        marks = self._vocabulary.marks
+        self.marks = Tokens(marks, frozenset(marks.values()) - self.stop_ids)
 
     @classmethod
     def load(cls, folder: Path) -> "Codec":
@@ -65,7 +75,6 @@ class Codec:
 
         Raises:
             InvalidRequest: the template refuses the messages; it says why.
-            UnsupportedParameter: there are tools and the template knows none.
         """
         return self._encode(self._render(_plain(messages), tools, wants_answer=True))
 
@@ -131,16 +140,20 @@ class Codec:
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]], *, wants_answer: bool
     ) -> str:
-        from jinja2 import TemplateError
-
         if not messages:
             raise InvalidRequest("`messages` is empty. Send at least one message.", param="messages")
+        if self._tool_use is not None:
+            messages, tools = self._tool_use.prepare(messages, tools)
+        return self._apply(messages, tools, wants_answer)
+
+    def _apply(self, messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]], wants_answer: bool) -> str:
+        """What the chat template itself makes of messages and tools."""
+        from jinja2 import TemplateError
+
         if not self._tokenizer.chat_template:
             raise InvalidRequest(
                 "This base has no chat template. Use /v1/completions, or an instruction-tuned base.", param="messages"
             )
-        if tools and "tools" not in str(self._tokenizer.chat_template):
-            raise UnsupportedParameter("The chat template of this base has no place for `tools`.", param="tools")
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
@@ -203,17 +216,29 @@ class TextStream:
     known. The stop string that is complete first wins; it is not part of the text.
     """
 
-    def __init__(self, codec: Codec, stop: tuple[str, ...] = ()) -> None:
-        self._decoder = codec.vocabulary.decoder()
+    def __init__(self, codec: Codec, stop: tuple[str, ...] = (), *, shown: frozenset[int] = frozenset()) -> None:
+        """`shown`: special tokens that are text here, by their names."""
+        self._decoder = codec.vocabulary.decoder(shown)
+        self._stops = StopStrings(stop)
+
+    def push(self, ids: Iterable[int], final: bool = False) -> tuple[str, bool]:
+        """New text from `ids`, and whether a stop string has ended it. `final` flushes what is held back."""
+        return self._stops.push(self._decoder.push(ids, final=final), final=final)
+
+
+class StopStrings:
+    """Ends growing text before the first stop string."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = tuple(s for s in stop if s)
         self._held = ""
         self._is_stopped = False
 
-    def push(self, ids: Iterable[int], final: bool = False) -> tuple[str, bool]:
-        """New text from `ids`, and whether a stop string has ended it. `final` flushes what is held back."""
+    def push(self, text: str, *, final: bool = False) -> tuple[str, bool]:
+        """New text, and whether a stop string has ended it."""
         if self._is_stopped:
             return "", True
-        text = self._held + self._decoder.push(ids, final=final)
+        text = self._held + text
         cut = self._first_stop(text)
         if cut is not None:
             self._held, self._is_stopped = "", True
@@ -269,7 +294,8 @@ def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call.get("function", {}))
     if isinstance(function.get("arguments"), str):
         try:
-            function["arguments"] = json.loads(function["arguments"])
+            # Clients send nothing for a call without arguments.
+            function["arguments"] = json.loads(function["arguments"].strip() or "{}")
         except ValueError as error:
             raise InvalidRequest("The `arguments` of a tool call are not JSON.", param="messages") from error
     return {**call, "function": function}

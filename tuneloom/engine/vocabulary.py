@@ -6,10 +6,14 @@ equal to the tokenizer's own `decode` for all valid text.
 
 import codecs
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from tuneloom.errors import InvalidRequest
+
+# A token that stands for no text but for its own name.
+MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
 
 _SPACE = "\u2581"
 
@@ -18,14 +22,16 @@ class Vocabulary:
     """Token id -> bytes, for byte-level BPE and for sentencepiece-style vocabularies with byte fallback."""
 
     def __init__(self, backend: Any) -> None:
-        """`backend` is a `tokenizers.Tokenizer`.
+        """`backend` is a `tokenizers.Tokenizer`. `marks`: ids of tokens such as `<|im_end|>` and `[INST]`.
 
         Raises:
             InvalidRequest: it writes tokens in a scheme that is not known.
         """
         self._backend = backend
         self._bytes: dict[int, bytes] = {}
-        self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.marks = {token.content: id for id, token in added.items() if MARK.fullmatch(token.content)}
         steps = _decoder_steps(backend)
         kinds = [step["type"] for step in steps]
         self._is_byte_level = "ByteLevel" in kinds
@@ -47,8 +53,9 @@ class Vocabulary:
         decoder = self.decoder()
         return decoder.push(ids, final=True)
 
-    def decoder(self) -> "IncrementalDecoder":
-        return IncrementalDecoder(self)
+    def decoder(self, shown: frozenset[int] = frozenset()) -> "IncrementalDecoder":
+        """`shown`: special tokens that are not skipped."""
+        return IncrementalDecoder(self, self.special_ids - shown)
 
     def _spell(self, id: int) -> bytes:
         token = self._backend.id_to_token(id)
@@ -68,14 +75,14 @@ class Vocabulary:
 class IncrementalDecoder:
     """Tokens to text as they come; special tokens are skipped; an unfinished character waits for its end."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary, skipped: frozenset[int]) -> None:
+        self._vocabulary, self._skipped = vocabulary, skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_next = vocabulary.strips_leading_space
 
     def push(self, ids: Iterable[int], *, final: bool = False) -> str:
         vocabulary = self._vocabulary
-        data = b"".join(vocabulary.token_bytes(id) for id in ids if id not in vocabulary.special_ids)
+        data = b"".join(vocabulary.token_bytes(id) for id in ids if id not in self._skipped)
         text = self._utf8.decode(data, final)
         if self._strip_next and text:
             self._strip_next = False

@@ -3,12 +3,12 @@
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tuneloom.domain import Target, new_id
 from tuneloom.errors import TuneloomError
-from tuneloom.generation import Delta, Finished, Frame, TokenLogprob, Usage
+from tuneloom.generation import Delta, Finished, Frame, TokenLogprob, ToolCallDelta, Usage
 from tuneloom.serve.openai import Call
 
 Json = dict[str, Any]
@@ -83,6 +83,8 @@ class ChatAnswer:
     def chunks(self, delta: Delta) -> Iterator[Json]:
         if delta.text or delta.logprobs:
             yield self._chunk(delta.index, {"content": delta.text}, logprobs=self._logprobs(delta))
+        for call in _joined(delta.tool_calls):
+            yield self._chunk(delta.index, {"tool_calls": [_call_delta(call)]})
         if delta.finish_reason:
             yield self._chunk(delta.index, {}, finish_reason=_reason(delta))
 
@@ -91,9 +93,13 @@ class ChatAnswer:
             yield self._head.json([], usage=_usage(usage))
 
     def _choice(self, delta: Delta) -> Json:
+        message: Json = {"role": "assistant", "content": delta.text, "refusal": None, "annotations": []}
+        if delta.tool_calls:
+            message["content"] = delta.text or None
+            message["tool_calls"] = _whole_calls(delta.tool_calls)
         return {
             "index": delta.index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None, "annotations": []},
+            "message": message,
             "logprobs": self._logprobs(delta),
             "finish_reason": _reason(delta),
         }
@@ -161,6 +167,7 @@ def _fold(frames: Iterable[Frame], num_choices: int) -> tuple[list[Delta], Usage
     """One whole delta for each choice, and the usage."""
     texts: list[list[str]] = [[] for _ in range(num_choices)]
     logprobs: list[list[TokenLogprob]] = [[] for _ in range(num_choices)]
+    calls: list[list[ToolCallDelta]] = [[] for _ in range(num_choices)]
     last: dict[int, Delta] = {}
     usage = None
     for frame in frames:
@@ -170,15 +177,45 @@ def _fold(frames: Iterable[Frame], num_choices: int) -> tuple[list[Delta], Usage
             for delta in frame:
                 texts[delta.index].append(delta.text)
                 logprobs[delta.index].extend(delta.logprobs)
+                calls[delta.index].extend(delta.tool_calls)
                 if delta.finish_reason:
                     last[delta.index] = delta
     if usage is None or len(last) < num_choices:
         raise TuneloomError("The answer ended before it was complete. Send the request again.")
     choices = [
-        Delta(i, "".join(texts[i]), logprobs=tuple(logprobs[i]), finish_reason=last[i].finish_reason)
+        Delta(i, "".join(texts[i]), tuple(logprobs[i]), last[i].finish_reason, tuple(calls[i]))
         for i in range(num_choices)
     ]
     return choices, usage
+
+
+def _joined(pieces: Iterable[ToolCallDelta]) -> list[ToolCallDelta]:
+    """Pieces of which no two that follow each other could be one."""
+    joined: list[ToolCallDelta] = []
+    for piece in pieces:
+        if joined and piece.id is None and joined[-1].id is None and joined[-1].index == piece.index:
+            joined[-1] = replace(piece, arguments=joined[-1].arguments + piece.arguments)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _call_delta(call: ToolCallDelta) -> Json:
+    """A piece on the wire: `id`, `type` and `name` come with the first of a call."""
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
+
+def _whole_calls(pieces: Iterable[ToolCallDelta]) -> list[Json]:
+    calls: dict[int, Json] = {}
+    for piece in pieces:
+        if piece.id is not None:
+            function = {"name": piece.name, "arguments": ""}
+            calls[piece.index] = {"id": piece.id, "type": "function", "function": function}
+        calls[piece.index]["function"]["arguments"] += piece.arguments
+    return list(calls.values())
 
 
 def _reason(delta: Delta) -> str | None:

@@ -28,6 +28,7 @@ from tuneloom.errors import InvalidRequest, TuneloomError
 from tuneloom.generation import Finished, Frame, GenerationRequest
 from tuneloom.serve import edge, sse
 from tuneloom.serve.answers import Answer, ChatAnswer, CompletionAnswer
+from tuneloom.serve.api_bases import BasesApi
 from tuneloom.serve.auth import Authentication, Keys
 from tuneloom.serve.body import parse_object
 from tuneloom.serve.guard import Guard
@@ -72,13 +73,15 @@ def make_app(context: Context) -> Starlette:
     service = _Service(context)
     chat, completion = (functools.partial(service.generate, dialect) for dialect in (CHAT, COMPLETION))
     gateway = context.settings.gateway
+    control = ApiContext(context.settings, context.store, context.pepper, context.poke)
     return Starlette(
         routes=[
             Route("/healthz", service.live),
             Route("/readyz", service.ready),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completion, methods=["POST"]),
-            *control_routes(ApiContext(context.settings, context.store, context.pepper, context.poke)),
+            *BasesApi(control, context.bases).routes(),
+            *control_routes(control),
             # A model's name may hold slashes, so these come after everything that has a URL of its own.
             Route("/v1/{model:path}/chat/completions", chat, methods=["POST"]),
             Route("/v1/{model:path}/completions", completion, methods=["POST"]),
@@ -123,6 +126,8 @@ class _Service:
             adapter=target.adapter,
             echo=call.echo,
             deadline_s=self._context.settings.gateway.request_timeout_s,
+            priority=call.priority,
+            response_format=call.response_format,
         )
         answer = dialect.answer(call, target)
         await sse.until_disconnect(request.receive, self._context.bases(target.base).wake(_patience(request)))

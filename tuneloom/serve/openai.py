@@ -3,9 +3,10 @@
 No HTTP, no models, no tokens: a JSON object in, a `Call` out. What happens to each field:
 
     honoured   the fields of `Sampling`, `Chat` and `Completion` below, `messages`, `prompt`, `stop`, `logit_bias`,
-               `stream_options.include_usage`; and, beyond OpenAI: `top_k`, `min_p`, `repetition_penalty`
+               `stream_options.include_usage`, those of `serve.tools`, `service_tier` (an order among requests of one
+               owner); and, beyond OpenAI: `top_k`, `min_p`, `repetition_penalty`
     ignored    IGNORED: they cannot change the answer
-    refused    REFUSED: unless the value asks for nothing, such as null, `tools: []` or `response_format: {type: text}`
+    refused    REFUSED: unless the value asks for nothing, such as null or `modalities: ["text"]`
     unknown    everything else
 """
 
@@ -15,19 +16,26 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneloom.errors import InvalidRequest, InvalidType, MissingParameter, UnknownParameter, UnsupportedParameter
-from tuneloom.generation import ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+from tuneloom.generation import (
+    ChatPrompt,
+    Prompt,
+    ResponseFormat,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+    ToolChoice,
+)
 from tuneloom.serve.body import json_type
 from tuneloom.serve.messages import read_messages
+from tuneloom.serve.tools import read_response_format, read_tool_choice, read_tools
 
 IGNORED = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
-        "service_tier",
         "store",
         "user",
     }
@@ -42,13 +50,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+
+# What to send instead of a refused field.
+_INSTEAD = {"functions": "tools", "function_call": "tool_choice"}
+
+# Service tier -> priority among the requests of one owner.
+TIERS = {"auto": 0, "default": 0, "scale": 0, "flex": -1, "priority": 1, "fast": 1}
 
 MAX_CHOICES = 2048
 MAX_N = 128
@@ -66,6 +77,8 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    response_format: ResponseFormat | None = None
+    priority: int = 0
 
     @property
     def num_choices(self) -> int:
@@ -108,6 +121,9 @@ def parse_chat(body: dict[str, Any], model: str | None = None) -> Call:
     rest = _known(body, model)
     messages, stop, bias = rest.pop("messages", None), rest.pop("stop", None), rest.pop("logit_bias", None)
     options = rest.pop("stream_options", None)
+    tools, choice = rest.pop("tools", None), rest.pop("tool_choice", None)
+    parallel, form = rest.pop("parallel_tool_calls", None), rest.pop("response_format", None)
+    priority = _read_tier(rest.pop("service_tier", None))
     fields = _validate(Chat, rest)
     if messages is None:
         raise MissingParameter("Missing required parameter: `messages`.", param="messages")
@@ -125,12 +141,15 @@ def parse_chat(body: dict[str, Any], model: str | None = None) -> Call:
         max_tokens=fields.max_completion_tokens or fields.max_tokens,
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
+    tool_choice, allowed = read_tool_choice(choice, parallel, read_tools(tools))
     return Call(
         model=fields.model,
-        prompts=(ChatPrompt(read_messages(messages)),),
+        prompts=(ChatPrompt(read_messages(messages), allowed, tool_choice if allowed else ToolChoice()),),
         params=params,
         stream=bool(fields.stream),
         include_usage=_include_usage(options, fields.stream),
+        response_format=read_response_format(form),
+        priority=priority,
     )
 
 
@@ -140,7 +159,7 @@ def parse_completion(body: dict[str, Any], model: str | None = None) -> Call:
     if "prompt" not in rest:
         raise MissingParameter("Missing required parameter: `prompt`.", param="prompt")
     prompt, stop, bias = rest.pop("prompt"), rest.pop("stop", None), rest.pop("logit_bias", None)
-    options = rest.pop("stream_options", None)
+    options, priority = rest.pop("stream_options", None), _read_tier(rest.pop("service_tier", None))
     fields = _validate(Completion, rest)
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise UnsupportedParameter("`best_of` other than `n` is not supported. Leave it out.", param="best_of")
@@ -160,6 +179,7 @@ def parse_completion(body: dict[str, Any], model: str | None = None) -> Call:
         stream=bool(fields.stream),
         include_usage=_include_usage(options, fields.stream),
         echo=bool(fields.echo),
+        priority=priority,
     )
 
 
@@ -169,7 +189,8 @@ def _known(body: dict[str, Any], model: str | None) -> dict[str, Any]:
     for name, value in body.items():
         if name in REFUSED:
             if value is not None and value not in REFUSED[name]:
-                raise UnsupportedParameter(f"`{name}` is not supported by this server. Leave it out.", param=name)
+                hint = f"Send `{_INSTEAD[name]}` instead." if name in _INSTEAD else "Leave it out."
+                raise UnsupportedParameter(f"`{name}` is not supported by this server. {hint}", param=name)
         elif name not in IGNORED:
             rest[name] = value
     if model is not None and rest.setdefault("model", model) != model:
@@ -285,6 +306,20 @@ def _include_usage(options: Any, stream: bool | None) -> bool:
         if value is not None and not isinstance(value, bool):
             raise InvalidType(f"Invalid type for `{param}`: expected a boolean, got {json_type(value)}.", param=param)
     return bool(options.get("include_usage"))
+
+
+def _read_tier(tier: Any) -> int:
+    if tier is None:
+        return 0
+    if not isinstance(tier, str):
+        raise InvalidType(
+            f"Invalid type for `service_tier`: expected a string, got {json_type(tier)}.", param="service_tier"
+        )
+    if tier not in TIERS:
+        raise InvalidRequest(
+            f"Invalid `service_tier`: {tier[:80]!r}. Use one of {', '.join(TIERS)}.", param="service_tier"
+        )
+    return TIERS[tier]
 
 
 def _read_prompts(prompt: Any) -> tuple[Prompt, ...]:

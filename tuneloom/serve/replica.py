@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import time
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
-from tuneloom.engine.base import Engine, EngineStats
-from tuneloom.errors import ContextLengthExceeded, InvalidRequest, TuneloomError
+from tuneloom.domain import AdapterRef
+from tuneloom.engine.base import AdapterState, Engine, EngineStats
+from tuneloom.errors import ContextLengthExceeded, InvalidRequest, Overloaded, TuneloomError
 from tuneloom.generation import ChatPrompt, Frame, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from tuneloom.serve.callers import Callers
 from tuneloom.serve.disk import DiskCache
+from tuneloom.serve.forms import form_of
 from tuneloom.serve.identity import is_replica_alive, num_cores, num_here, own_id
+from tuneloom.serve.pins import PinFollower
 from tuneloom.serve.run import Encoded, Run
 from tuneloom.serve.scaling import load_of
 from tuneloom.serve.warmup import Usage, Use, load_all, share
@@ -118,7 +122,8 @@ class Replica:
         if not ids:
             raise InvalidRequest("The prompt is empty for this model. Send some text.", param="prompt")
         max_tokens = self._check_context(len(ids), request.params.max_tokens, isinstance(prompt, ChatPrompt))
-        return Encoded(tuple(ids), max_tokens, echo if request.echo else "")
+        form = form_of(prompt, request.response_format, self._codec)
+        return Encoded(tuple(ids), max_tokens, echo if request.echo else "", form)
 
     def _check_context(self, prompt_tokens: int, max_tokens: int | None, is_chat: bool) -> int:
         """The number of tokens that may be generated; None asks for all that is left."""
@@ -150,13 +155,14 @@ class Base(Replica):
         from tuneloom.config import Settings
         from tuneloom.engine.engine import LocalEngine
         from tuneloom.engine.text import Codec
-        from tuneloom.store import open_blobs
+        from tuneloom.store import open_store
 
         tree = Settings.model_validate(settings)
         options = next(base for base in tree.bases if base.id == base_id)
         base = get_base(tree.bases_dir, base_id)
         codec = await anyio.to_thread.run_sync(Codec.load, base.path)
-        disk = DiskCache(open_blobs(tree.blobs), tree.home / "cache" / "adapters", options.engine.disk_cache_bytes)
+        store = await anyio.to_thread.run_sync(open_store, tree)
+        disk = DiskCache(store.blobs, tree.home / "cache" / "adapters", options.engine.disk_cache_bytes)
         config = engine_config(options.engine, replicas_here=num_here(options.most_replicas))
         engine = LocalEngine(base.path, config, disk.fetch)
         await engine.start()
@@ -167,7 +173,10 @@ class Base(Replica):
             context_length=engine.max_length,
             max_parallel=options.engine.max_sequences,
         )
+        self._disk = disk
+        self._pins = PinFollower(store.records, base_id, engine.pin_adapter)
         self._is_started = True
+        await self._pins.start()
         await self._warm_up(options)
 
     async def _warm_up(self, options: "BaseSettings") -> None:
@@ -188,16 +197,43 @@ class Base(Replica):
             # Whatever it is, the replica can do without.
             logger.exception("the warm-up failed; adapters are loaded as they are asked for")
 
-    async def operate(self, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    async def stats(self) -> EngineStats:
+        disk = await anyio.to_thread.run_sync(self._disk.stats)
+        stats = await super().stats()
+        return dataclasses.replace(stats, tiers={**stats.tiers, "disk": disk})
+
+    async def adapters(self) -> list[AdapterState]:
+        return self._engine.adapters()
+
+    async def prewarm(self, ref: AdapterRef) -> None:
+        """Load an adapter into host memory. Raises what loading it for a request would raise."""
+        await self._engine.load_adapter(ref)
+
+    async def pin(self, ref: AdapterRef, is_pinned: bool) -> None:
+        """Keep an adapter that is loaded with this call, or let it go its way."""
+        await self._engine.pin_adapter(ref, is_pinned)
+        if is_pinned:
+            await self._engine.load_adapter(ref)
+
+    async def unload(self, sha256: str) -> None:
+        """Drop an adapter from the disk, and from memory and device as soon as nothing uses it."""
+        await self._engine.evict_adapter(sha256)
+        await anyio.to_thread.run_sync(self._disk.drop, sha256)
+
+    async def operate(self, method: str, arguments: tuple[Any, ...], timeout_s: float = 60.0) -> tuple[str, Any]:
         """This replica's id and what a method of it returns, or raises of ours: a call that went to all replicas."""
         try:
-            return own_id(), await getattr(self, method)(*arguments)
+            async with asyncio.timeout(timeout_s):
+                return own_id(), await getattr(self, method)(*arguments)
         except TuneloomError as error:
             return own_id(), error
+        except TimeoutError:
+            return own_id(), Overloaded(f"This did not end within {timeout_s:g} s; it may go on.", retry_after_s=5.0)
 
     async def __del__(self) -> None:
         # Serve awaits this when it stops the replica, whether or not it came to life.
         if self._is_started:
+            await self._pins.stop()
             await self._engine.close()
 
 

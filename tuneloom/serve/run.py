@@ -6,12 +6,23 @@ Knows neither templates nor limits: prompts come encoded and checked.
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tuneloom.engine.base import Engine, SequenceRequest, TokenOutput
 from tuneloom.errors import Overloaded, TuneloomError
-from tuneloom.generation import Delta, Finished, FinishReason, Frame, GenerationRequest, Started, TokenLogprob, Usage
+from tuneloom.generation import (
+    Delta,
+    Finished,
+    FinishReason,
+    Frame,
+    GenerationRequest,
+    Started,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
+from tuneloom.serve.forms import Form
 
 if TYPE_CHECKING:
     from tuneloom.engine.text import Codec
@@ -26,11 +37,12 @@ FULL_PAUSE_S = 0.2
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt as the engine takes it, and the text to repeat before the answer (`echo`)."""
+    """A prompt as the engine takes it, the text to repeat before the answer (`echo`), and the form of the answer."""
 
     ids: tuple[int, ...]
     max_tokens: int
     echo: str = ""
+    form: Form = field(default_factory=Form)
 
 
 class Run:
@@ -103,7 +115,12 @@ class Run:
         merged: dict[int, Delta] = {}
         for delta in deltas:
             if earlier := merged.get(delta.index):
-                delta = replace(delta, text=earlier.text + delta.text, logprobs=(*earlier.logprobs, *delta.logprobs))
+                delta = replace(
+                    delta,
+                    text=earlier.text + delta.text,
+                    logprobs=(*earlier.logprobs, *delta.logprobs),
+                    tool_calls=(*earlier.tool_calls, *delta.tool_calls),
+                )
             merged[delta.index] = delta
         return list(merged.values())
 
@@ -140,7 +157,7 @@ class Run:
     async def _sample(self, index: int, prompt: Encoded) -> None:
         """Generate one choice, up to a stop id, a stop string or its number of tokens."""
         params, n = self._request.params, self._request.params.n
-        choice = _Choice(self._codec, params.stop, params.logprobs)
+        choice = _Choice(self._codec, prompt.form, params.stop, params.logprobs)
         async with aclosing(self._engine.generate(self._sequence(index, prompt))) as outputs:
             async for output in outputs:
                 self._completion_tokens += len(output.tokens)
@@ -149,10 +166,10 @@ class Run:
                 self._begun.add(index)
                 if index % n == 0:
                     self._cached_tokens[index // n] = max(self._cached_tokens[index // n], output.cached_tokens)
-                text, logprobs, reason = choice.push(output.tokens, output.finish_reason)
-                if text or logprobs or reason:
-                    self._put(Delta(index, text, logprobs, reason))
-                if reason:
+                delta = choice.push(index, output.tokens, output.finish_reason)
+                if delta.text or delta.logprobs or delta.tool_calls or delta.finish_reason:
+                    self._put(delta)
+                if delta.finish_reason:
                     return
         raise TuneloomError("The engine ended an answer without a reason. Send the request again.")
 
@@ -172,36 +189,50 @@ class Run:
             owner=request.owner,
             adapter=request.adapter,
             deadline_s=request.deadline_s,
+            priority=request.priority,
+            grammar=prompt.form.grammar,
         )
 
 
 class _Choice:
-    """The text of one choice and the log-probabilities that belong to it: those of tokens that show in the text."""
+    """One choice as it grows: its text and calls, and the log-probabilities of tokens that show in the text.
 
-    def __init__(self, codec: "Codec", stop: tuple[str, ...], logprobs: int | None) -> None:
-        from tuneloom.engine.text import TextStream
+    Stop strings are looked for in the text only: they do not cut a call.
+    """
+
+    def __init__(self, codec: "Codec", form: Form, stop: tuple[str, ...], logprobs: int | None) -> None:
+        from tuneloom.engine.text import StopStrings, TextStream
 
         self._codec = codec
-        self._text = TextStream(codec, stop)
+        self._form = form
+        self._written = TextStream(codec, shown=form.shown)
+        self._calls = form.parser(codec)
+        self._stops = StopStrings(stop)
         self._wants_logprobs = logprobs is not None
         self._waiting: list[tuple[int, TokenLogprob]] = []
         self._token_bytes = 0
         self._text_bytes = 0
 
-    def push(
-        self, tokens: tuple[TokenOutput, ...], reason: FinishReason | None
-    ) -> tuple[str, tuple[TokenLogprob, ...], FinishReason | None]:
-        """New text and log-probabilities, and why the choice ends, if it does."""
-        text, is_stopped = self._text.push([token.token_id for token in tokens], final=reason is not None)
+    def push(self, index: int, tokens: tuple[TokenOutput, ...], reason: FinishReason | None) -> Delta:
+        """What is new in choice `index`, and why it ends, if it does."""
+        is_final = reason is not None
+        text, _ = self._written.push([token.token_id for token in tokens], final=is_final)
+        calls: tuple[ToolCallDelta, ...] = ()
+        num_calls = 0
+        if self._calls is not None:
+            text, calls = self._calls.push(text, final=is_final)
+            num_calls = self._calls.num_calls
+        text, is_stopped = self._stops.push(text, final=is_final or num_calls > 0)
         self._text_bytes += len(text.encode())
         if is_stopped:
-            reason = "stop"
-        return text, self._logprobs(tokens, reason, is_stopped), reason
+            return Delta(index, text, self._logprobs(tokens, "stop", True), "stop")
+        logprobs = self._logprobs(tokens, reason, num_calls > 0)
+        return Delta(index, text, logprobs, self._form.finish_reason(reason, num_calls), calls)
 
     def _logprobs(
-        self, tokens: tuple[TokenOutput, ...], reason: FinishReason | None, is_stopped: bool
+        self, tokens: tuple[TokenOutput, ...], reason: FinishReason | None, is_cut: bool
     ) -> tuple[TokenLogprob, ...]:
-        """Entries of the tokens whose text is out; those of a stop string or stop id never are."""
+        """Entries of the tokens whose text is out; those of a stop string, stop id or call never are."""
         if not self._wants_logprobs:
             return ()
         for token in tokens:
@@ -209,7 +240,7 @@ class _Choice:
                 entry = self._entry(token.token_id, token.logprob, token.top)
                 self._waiting.append((self._token_bytes, entry))
                 self._token_bytes += len(entry.bytes)
-        is_whole = reason is not None and not is_stopped
+        is_whole = reason is not None and not is_cut
         ready = [entry for start, entry in self._waiting if is_whole or start < self._text_bytes]
         self._waiting = self._waiting[len(ready) :]
         return tuple(ready)

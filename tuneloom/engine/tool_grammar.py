@@ -1,0 +1,198 @@
+"""Grammars of answers that may, must or must not call tools, in llguidance's form. Made of text; nothing is compiled.
+
+What a base writes as one token (`<tool_call>` say) is asked for by its id; where it has no such token, by its letters.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tuneloom.engine.tools import PYTHON_TAG, CallFormat
+from tuneloom.generation import ToolChoice
+
+_OPEN = re.compile(r'"[^"]*"?|\S')
+_PLAIN_STRING = frozenset({"type", "description", "title", "default", "examples", "enum", "const"})
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a base that are marks: `ids` by text. `free` may occur in text: neither its stops nor control."""
+
+    ids: Mapping[str, int]
+    free: frozenset[int]
+
+
+def tool_grammar(
+    format: CallFormat,
+    tools: Sequence[Mapping[str, Any]],
+    choice: ToolChoice,
+    tokens: Tokens,
+    *,
+    text_schema: Mapping[str, Any] | None = None,
+) -> str:
+    """The grammar of an answer. Where it is text, it follows `text_schema` if there is one.
+
+    `tools` are those that may be called; with `choice.name` only that one, and once.
+    """
+    return _Lark(format, [tool["function"] for tool in tools], choice, tokens, text_schema).text()
+
+
+def parameters_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a function's arguments: an object that has no more than what it declares.
+
+    A function without parameters takes none. Where a schema leaves open whether there is more, there is not, unless
+    it is made of several schemas that would then exclude each other.
+    """
+    schema = dict(function.get("parameters") or {"properties": {}})
+    schema.setdefault("type", "object")
+    composed = {"anyOf", "allOf", "oneOf", "$ref", "patternProperties", "additionalProperties", "unevaluatedProperties"}
+    if "properties" in schema and not composed & schema.keys():
+        schema["additionalProperties"] = False
+    return schema
+
+
+def is_raw(schema: Any) -> bool:
+    """Whether an argument of this schema is written as plain text where arguments are `<parameter=key>` blocks."""
+    return isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= _PLAIN_STRING
+
+
+def spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema whose JSON is spaced as chat templates space it, so that a call reads the same when it comes back."""
+    options = {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+        "lenient": False,
+        "coerce_one_of": False,
+    }
+    return {**schema, "x-guidance": options}
+
+
+class _Lark:
+    def __init__(
+        self,
+        format: CallFormat,
+        functions: Sequence[Mapping[str, Any]],
+        choice: ToolChoice,
+        tokens: Tokens,
+        text_schema: Mapping[str, Any] | None,
+    ) -> None:
+        self._format, self._tokens, self._choice = format, tokens, choice
+        self._functions = [f for f in functions if choice.name in (None, f["name"])]
+        self._schema = text_schema
+        self._rules: list[str] = []
+        marks = sorted(tokens.ids, key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
+
+    def text(self) -> str:
+        choice = self._choice
+        if choice.mode == "none":
+            start = self._text()
+        elif choice.mode == "required":
+            start = self._calls(self._format.begin)
+        else:
+            start = self._text_or_calls()
+        lark = "\n".join(["%llguidance {}", f"start: {start}", *self._rules])
+        return json.dumps({"grammars": [{"lark_grammar": lark}]}, ensure_ascii=False)
+
+    def _text_or_calls(self) -> str:
+        mark, begin = self._format.marker, self._format.begin
+        if self._schema is not None:
+            return f"{self._text()} | {self._calls(begin)}"
+        if not mark:
+            calls = self._calls(begin)
+            if (tag := self._tokens.ids.get(PYTHON_TAG)) is not None:
+                calls = f"<[{tag}]>? {calls}"
+            return f"{self._text()} | {calls}"
+        if mark in self._tokens.ids:
+            return f"{self._text()} | {self._text()} {self._calls(begin)}"
+        # The first mark that is spelled out begins a call, whatever else the text might have gone on with.
+        self._rules.append(f"head[lazy]: /(?s:.*){_in_regex(mark)}/")
+        before = "".join(f"(TEXT? {ids})* " for ids in self._free_ids())
+        return f"{self._text()} | {before}head {self._calls(begin.removeprefix(mark))}"
+
+    def _text(self) -> str:
+        """A rule for what is not a call."""
+        if self._schema is not None:
+            return f"%json {json.dumps(spaced(self._schema), ensure_ascii=False)}"
+        if not any(rule.startswith("free:") for rule in self._rules):
+            first = "TEXT"
+            if not self._format.marker:
+                first = "FIRST"
+                self._rules.append(f"FIRST: /(?s:.+)/ & ~/{self._opening()}/")
+            more = "".join(f" ({ids} TEXT?)*" for ids in self._free_ids())
+            self._rules += [f"free: {first}?{more}", "TEXT: /(?s:.+)/"]
+        return "free"
+
+    def _opening(self) -> str:
+        """How a call begins that is told from text by its form only, however it is spaced."""
+        opening = r"\s*".join(map(_in_regex, _OPEN.findall(self._format.begin)))
+        names = "|".join(_in_regex(function["name"]) for function in self._functions)
+        return rf'\s*{opening}({names})"(?s:.*)'
+
+    def _free_ids(self) -> list[str]:
+        format = self._format
+        used = {
+            id
+            for mark, id in self._tokens.ids.items()
+            if mark in format.begin + format.middle + (format.between or "") + format.end
+        }
+        ids = sorted(self._tokens.free - used)
+        return [f"<[{','.join(map(str, ids))}]>"] if ids else []
+
+    def _calls(self, begin: str) -> str:
+        """A rule for one or more calls, from `begin` on."""
+        format, choice = self._format, self._choice
+        if not any(rule.startswith("call:") for rule in self._rules):
+            calls = [
+                f"{self._literal(function['name'] + format.middle)} {self._arguments(number, function)}"
+                for number, function in enumerate(self._functions)
+            ]
+            self._rules.append("call: " + " | ".join(calls))
+        more = ""
+        if choice.is_parallel and choice.name is None and format.between is not None:
+            more = f"({self._literal(format.between)} call)* "
+        return f"{self._literal(begin)} call {more}{self._literal(format.end)}"
+
+    def _arguments(self, number: int, function: Mapping[str, Any]) -> str:
+        schema = parameters_schema(function)
+        if self._format.arguments == "json":
+            self._rules.append(f"arguments{number}: %json {json.dumps(spaced(schema), ensure_ascii=False)}")
+            return f"arguments{number}"
+        required = schema.get("required", [])
+        blocks = [
+            self._block(f"p{number}x{index}", key, value, schema) + ("" if key in required else "?")
+            for index, (key, value) in enumerate(schema.get("properties", {}).items())
+        ]
+        return " ".join(blocks)
+
+    def _block(self, name: str, key: str, value: Any, schema: Mapping[str, Any]) -> str:
+        """A rule for one `<parameter=key>` block."""
+        head, tail = f"<parameter={key}>\n", "\n</parameter>\n"
+        if not is_raw(value):
+            local = {**value, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}} if value else {}
+            self._rules.append(f"{name}: {self._literal(head)} %json {json.dumps(spaced(local))} {self._literal(tail)}")
+        elif choices := value.get("enum", [value["const"]] if "const" in value else None):
+            either = " | ".join(self._literal(choice) for choice in choices)
+            self._rules.append(f"{name}: {self._literal(head)} ({either}) {self._literal(tail)}")
+        else:
+            self._rules.append(f"{name}: {self._literal(head)} {name}v")
+            self._rules.append(f"{name}v[lazy]: /(?s:.*){_in_regex(tail)}/")
+        return name
+
+    def _literal(self, text: str) -> str:
+        """`text` to be written exactly, with its marks as tokens."""
+        parts, at = [], 0
+        for mark in self._marks.finditer(text) if self._marks else ():
+            parts += [json.dumps(text[at : mark.start()])] if mark.start() > at else []
+            parts.append(f"<[{self._tokens.ids[mark[0]]}]>")
+            at = mark.end()
+        parts += [json.dumps(text[at:])] if at < len(text) else []
+        return " ".join(parts)
+
+
+def _in_regex(text: str) -> str:
+    """`text` literally, within the slashes of a grammar's regular expression."""
+    return "".join(rf"\x{ord(char):02x}" if char in "/\n" else re.escape(char) for char in text)
