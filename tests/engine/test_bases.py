@@ -83,10 +83,84 @@ TARGETS = {kind: LLAMA_LIKE for kind in ARCHITECTURES} | {"phi3": ("qkv_proj", "
 TARGETS["phi"] = ("q_proj", "v_proj", "dense", "fc1", "fc2")
 
 
-def test_attention_that_the_engine_does_not_compute_is_refused(open_core: OpenCore, tmp_path: Path):
-    softcap = make_model(tmp_path / "g", "gemma2", {**COMMON, "head_dim": 16, "attn_logit_softcapping": 50.0})
-    with pytest.raises(InvalidRequest, match="softcap"):
-        open_core(softcap)
+RECURRENT: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+ONE_AT_A_TIME: dict[str, tuple[dict[str, Any], str]] = {
+    "gemma2": (
+        {**COMMON, "sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+        "attn_logit_softcapping",
+    ),
+    "gpt_oss": ({**COMMON, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, "s_aux"),
+    "deepseek_v3": (
+        {
+            **COMMON,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32,
+        },
+        "kv_lora_rank",
+    ),
+    "falcon": ({**COMMON, "alibi": True}, "does not let its attention be replaced"),
+    "mamba2": (
+        {**RECURRENT, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16, "initializer_range": 0.2},
+        "recurrent state",
+    ),
+    "jamba": (
+        {**COMMON, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8},
+        "recurrent state",
+    ),
+    "bamba": (
+        {
+            **COMMON,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+        "recurrent state",
+    ),
+}
+SERIAL_TARGETS = {kind: ("q_proj", "v_proj", "o_proj") for kind in ONE_AT_A_TIME}
+SERIAL_TARGETS |= {
+    "deepseek_v3": ("q_a_proj", "kv_b_proj", "o_proj"),
+    "falcon": ("query_key_value", "dense_4h_to_h"),
+    "mamba2": ("in_proj",),
+    "jamba": ("in_proj", "x_proj", "q_proj", "down_proj"),
+    "bamba": ("in_proj", "q_proj", "down_proj"),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_AT_A_TIME)
+def test_a_base_that_cannot_share_steps_is_served_one_at_a_time(
+    open_core: OpenCore, plain_generate, tiny_prompts, tmp_path: Path, kind: str
+):
+    settings, reason = ONE_AT_A_TIME[kind]
+    base = make_model(tmp_path / kind, kind, settings)
+    adapter = make_adapter(tmp_path / "adapter", base, seed=5, targets=SERIAL_TARGETS[kind])
+    engine = open_core(base, max_step_tokens=24)
+    extra = engine.core.stats().extra
+    assert extra["mode"] == "one at a time" and reason in extra["reason"]
+    chosen = [1, 4, 7, 10]
+    for i in chosen:
+        params = replace(GREEDY, max_tokens=10, logprobs=0)
+        engine.core.add(request(f"r{i}", tiny_prompts[i], params=params, adapter=ref_of(adapter) if i % 2 else None))
+    engine.run()
+    assert not engine.errors
+    for i in chosen:
+        tokens = engine.tokens(f"r{i}")
+        assert tokens == plain_generate(base, tiny_prompts[i], 10, adapter if i % 2 else None)
+        found = [token.logprob for output in engine.outputs[f"r{i}"] for token in output.tokens]
+        expected = plain_logprobs(base, tiny_prompts[i], tokens, adapter if i % 2 else None)
+        assert found == pytest.approx(expected, abs=2e-4)
 
 
 def test_code_of_a_base_is_never_run(open_core: OpenCore, tmp_path: Path):

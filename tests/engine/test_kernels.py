@@ -139,7 +139,7 @@ class Gated(nn.Module):
 def test_modules_are_replaced_only_where_the_result_is_theirs():
     def check(native: Kernels) -> None:
         body = nn.ModuleDict({"silu": Gated(F.silu), "gelu": Gated(F.gelu)})
-        LoraLayers(body, PackOptions(1, 8, prepack=False, kernels=native), prefix="")
+        LoraLayers(body, PackOptions(1, 8, prepack=False, kernels=native, dtype=torch.bfloat16), prefix="")
         x = randn(3, 64)
         expected = body["silu"](x).float()
         assert fuse(body, native) == 3

@@ -38,7 +38,7 @@ class Way:
     native: Kernels | None
 
     def options(self, num_slots: int) -> PackOptions:
-        return PackOptions(num_slots, max_rank=32, prepack=False, kernels=self.native)
+        return PackOptions(num_slots, max_rank=32, prepack=False, kernels=self.native, dtype=self.dtype)
 
     def assert_close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
         tolerance = 1e-4 if self.dtype == torch.float32 else 0.06

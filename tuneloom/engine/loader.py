@@ -1,65 +1,78 @@
-"""Loads a base for the engine: device and number format, and whether its attention can be served. No batching.
+"""Loads a base for the engine: device, number format, quantised weights. No batching.
 
 Checkpoints are safetensors on local disk; no code of a base is run.
 """
 
-import json
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tuneloom.engine.checkpoint import Checkpoint
+from tuneloom.engine.quantised import prepare_quantised, quantization_config, quiet_bitsandbytes
 from tuneloom.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Rope variants whose frequencies depend on the longest position in the batch; up to their first length they do not.
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """`max_length`: positions for which a token's result does not depend on its batch."""
+    """`num_quantised`: linear layers of 4 or 8 bits."""
 
     model: PreTrainedModel
     body: nn.Module
     body_name: str
     device: torch.device
     dtype: torch.dtype
-    max_length: int
     vocab_size: int
+    num_quantised: int
 
 
-def load_model(folder: Path, dtype: str) -> LoadedModel:
-    """Load the base in `folder`; `dtype` is `auto`, `bf16` or `fp32`.
+def load_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, quantization: str = "none"
+) -> LoadedModel:
+    """Load a base; `quantization` `nf4` or `int8` quantises plain weights on the way.
+
+    Weights of other formats become `dtype`: fp16 too, which CPUs multiply slowly and in which sums overflow.
 
     Raises:
-        InvalidRequest: the engine cannot serve it; the message says why.
+        InvalidRequest: its weights do not make up the base.
     """
     started = time.monotonic()
-    _check_config(folder)
-    device = pick_device()
-    number_format = pick_dtype(dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=number_format, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
-    model = model.to(device).eval().requires_grad_(False)
-    config = model.config.get_text_config()
-    _check_attention(model, config)
+    options: dict[str, Any] = {}
+    if checkpoint.quantization != "none":
+        quiet_bitsandbytes()
+    elif quantization != "none":
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    if options or checkpoint.quantization != "none" or device.type != "cpu":
+        # Straight to the device, where they are quantised too; the host never holds all of it.
+        options["device_map"] = {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"The base in {checkpoint.folder.name} cannot be loaded: {error}") from error
+    model = model.eval().requires_grad_(False)
+    num_quantised = prepare_quantised(model, dtype)
     body = model.get_decoder()
     name = next(name for name, module in model.named_modules() if module is body)
-    logger.info("base loaded: %s as %s on %s in %.1f s", folder.name, dtype, device, time.monotonic() - started)
-    return LoadedModel(model, body, name, device, number_format, _safe_length(config), config.vocab_size)
+    elapsed_s = time.monotonic() - started
+    logger.info("base loaded: %s as %s on %s in %.1f s", checkpoint.folder.name, dtype, device, elapsed_s)
+    return LoadedModel(model, body, name, device, dtype, checkpoint.text_config.vocab_size, num_quantised)
 
 
 def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -70,30 +83,3 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def _check_config(folder: Path) -> None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"The base in {folder.name} has no readable `config.json`.") from error
-    if "auto_map" in config:
-        raise InvalidRequest(f"The base in {folder.name} needs code of its own, which is never run. Use another base.")
-
-
-def _check_attention(model: PreTrainedModel, config: Any) -> None:
-    """Refuse what cannot be right; the runner's trial compares the rest with the base's own attention."""
-    kinds = set(config.to_dict().get("layer_types") or ()) - _LAYER_TYPES
-    if kinds:
-        raise InvalidRequest(f"This base has layers of kind {sorted(kinds)}, which the engine does not serve.")
-    if not model._supports_attention_backend:
-        raise InvalidRequest(f"{type(model).__name__} does not let its attention be replaced; it cannot be served.")
-
-
-def _safe_length(config: Any) -> int:
-    length = config.max_position_embeddings
-    rope = config.to_dict().get("rope_parameters") or {}
-    for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if each.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            length = min(length, each.get("original_max_position_embeddings") or length)
-    return length

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tuneloom.engine.kernels import Kernels
 from tuneloom.engine.linear import Product, huge_pages, stack
+from tuneloom.engine.quantised import QuantisedProduct, is_quantised
 from tuneloom.engine.stacks import Factors, LoraPlan, NativeStacks, Stacks, TorchStacks, plan_rows, plan_slots
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -32,12 +33,16 @@ class HostAdapter:
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How packs are built: `num_slots` adapters at once, of `max_rank`; by the CPU kernels if there are `kernels`."""
+    """How packs are built: `num_slots` adapters at once, of `max_rank`; by the CPU kernels if there are `kernels`.
+
+    `dtype`: of inputs, outputs and factors.
+    """
 
     num_slots: int
     max_rank: int
     prepack: bool
     kernels: Kernels | None
+    dtype: torch.dtype
 
 
 @dataclass
@@ -56,10 +61,13 @@ class LoraPack:
         self.names = tuple(names)
         self.outputs = [linear.out_features for linear in linears]
         self._step = step
-        self._product: Product = stack(list(linears), prepack=options.prepack)
-        weight = linears[0].weight
+        has_quantised = any(map(is_quantised, linears))
+        self._product: Product | QuantisedProduct = (
+            QuantisedProduct(linears) if has_quantised else stack(list(linears), prepack=options.prepack)
+        )
+        like = torch.empty(0, dtype=options.dtype, device=linears[0].weight.device)
         self._stacks: Stacks = (
-            TorchStacks(self.num_inputs, self.outputs, options.num_slots, weight)
+            TorchStacks(self.num_inputs, self.outputs, options.num_slots, like)
             if options.kernels is None
             else NativeStacks(self.num_inputs, self.outputs, options.num_slots, options.max_rank, options.kernels)
         )
@@ -127,7 +135,7 @@ class LoraLayers:
         self._packs = [
             self._replace(parent, path, children)
             for path, parent in list(body.named_modules(prefix=prefix))
-            for children in _groups(parent)
+            for children in linear_groups(parent)
         ]
 
     @property
@@ -180,9 +188,14 @@ class LoraLayers:
         return pack
 
 
-def _groups(parent: nn.Module) -> list[tuple[str, ...]]:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer, quantised or not, to which adapters can add."""
+    return type(module) is nn.Linear or is_quantised(module)
+
+
+def linear_groups(parent: nn.Module) -> list[tuple[str, ...]]:
     """The linear children of a module, those of one input together."""
-    linears = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
+    linears = {name: child for name, child in parent.named_children() if is_linear(child)}
     groups = []
     for group in FUSED:
         if all(name in linears for name in group):

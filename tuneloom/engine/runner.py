@@ -57,7 +57,7 @@ def attend(
     """The attention function of the models; query [1, H, T, D] to [1, T, H, D]."""
     foreign = [name for name in _FOREIGN_ARGUMENTS if arguments.get(name) is not None]
     if foreign:
-        raise InvalidRequest(f"This base's attention uses {foreign}, which the engine does not serve.")
+        raise InvalidRequest(f"its attention uses {', '.join(foreign)}, which the engine's does not")
     tuneloom.num_calls += 1
     tuneloom.num_windowed += sliding_window is not None
     out = tuneloom.cache.attend(
@@ -145,8 +145,7 @@ class Runner:
         error = (found[0].float() - expected).norm() / expected.norm().clamp_min(1e-6)
         if not error <= _TRIAL_TOLERANCE[loaded.dtype]:
             raise InvalidRequest(
-                f"This base computes something else under the engine's attention (error {float(error):.2g}). "
-                "It cannot be served."
+                f"it computes something else under the engine's attention (relative error {float(error):.2g})"
             )
 
 
@@ -156,8 +155,8 @@ def _check_calls(step: StepAttention, config: Any) -> None:
     windowed = list(config.to_dict().get("layer_types") or ()).count("sliding_attention")
     if step.num_calls != layers or step.num_windowed < windowed:
         raise InvalidRequest(
-            f"Of {layers} layers of this base, {windowed} with a window, {step.num_calls} and {step.num_windowed} "
-            "take part in the engine's attention. It cannot be served."
+            f"of its {layers} layers, {windowed} with a window, {step.num_calls} and {step.num_windowed} "
+            "take part in the engine's attention"
         )
 
 
