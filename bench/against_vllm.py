@@ -124,7 +124,8 @@ def main(arguments: list[str] | None = None) -> Report:
         if parsed.python is None:
             found[""] = interleave(sides, setup.repetitions)
         else:
-            report.notes.append(f"vLLM's process preloads {preload(parsed) or 'nothing'}")
+            names = [Path(path).name for path in preload(parsed).split(":") if path]
+            report.notes.append(f"vLLM's process preloads {', '.join(names) or 'nothing'}")
             for mode in (MODES[name] for name in parsed.modes):
                 found[mode.name] = _pair(ours, sides[mode.ours], parsed, setup, mode, work, refs, report)
     report.foreign_share = load.share

@@ -124,7 +124,7 @@ class Traffic:
             stop_ids=draw.choice((frozenset[int](), frozenset(range(50)))),
             owner=draw.choice(_OWNERS),
             adapter=draw.choice([None, *self._refs]),
-            deadline_s=draw.choice((60.0, 60.0, 60.0, 0.05)),
+            deadline_s=draw.choice((60.0,) * 9 + (0.05,)),
             priority=draw.choice((0, 0, 1)),
         )
 
