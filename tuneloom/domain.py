@@ -288,6 +288,18 @@ class Registration(Record):
     version_id: str
 
 
+class AdapterPin(Record):
+    """An operator's wish that all replicas of a base keep an adapter. `id` is the adapter's sha256; `name` is what
+    was asked to be pinned.
+    """
+
+    collection: ClassVar[str] = "adapter_pins"
+    base: str
+    name: str
+    adapter: AdapterRef
+    created_at: float
+
+
 class ApiKey(Record):
     """A key without its secret. `id` is public; `hash` is the keyed hash of the secret and is looked up by equality."""
 

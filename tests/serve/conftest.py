@@ -45,6 +45,8 @@ class FakeBase:
     is_up: bool = True
     starts_in_s: float = 0.0
     is_asleep: asyncio.Event = field(default_factory=asyncio.Event)
+    operations: list[tuple[Any, ...]] = field(default_factory=list)
+    answers: dict[str, dict[str, Any]] = field(default_factory=lambda: {"stats": {"r1": STATS}})
 
     def play(self, *steps: Step) -> None:
         self.scripts.append(list(steps))
@@ -77,6 +79,11 @@ class FakeBase:
 
     async def is_cold(self) -> bool:
         return bool(self.starts_in_s)
+
+    async def on_each_replica(self, method: str, *arguments: Any, timeout_s: float = 60.0) -> dict[str, Any]:
+        """What `answers` has for the method, of each replica."""
+        self.operations.append((method, *arguments))
+        return self.answers.get(method, {"r1": None, "r2": None})
 
 
 @dataclass

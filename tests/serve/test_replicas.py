@@ -21,6 +21,7 @@ from tuneloom.bases import add_folder
 from tuneloom.config import BaseSettings, EngineSettings, GatewaySettings, Settings, read_pepper
 from tuneloom.control import keys
 from tuneloom.control.models import import_adapter
+from tuneloom.errors import TuneloomError
 from tuneloom.serve.app import base_app
 from tuneloom.serve.placement import rendezvous
 from tuneloom.store import open_store
@@ -67,10 +68,11 @@ def ask(cluster: Cluster, model: str, **more: Any) -> str | None:
 
 
 def on_each(base: str, method: str) -> dict[str, Any]:
-    """What a method says on every replica of a base, by the replica's id."""
+    """What a method says on every replica of a base that answers, by the replica's id."""
     from tuneloom.serve.handles import ServeBase
 
-    return asyncio.run(ServeBase(base, "").on_each_replica(method))
+    answers = asyncio.run(ServeBase(base, "").on_each_replica(method))
+    return {id: answer for id, answer in answers.items() if not isinstance(answer, TuneloomError)}
 
 
 def used(base: str) -> dict[str, set[str]]:

@@ -40,6 +40,8 @@ SHORTEST_RETRY_S, LONGEST_RETRY_S = 2.0, 60.0
 # How often and how long a process that has not called a base before looks for the list of its replicas.
 MEMBERS_CHECKS, MEMBERS_PAUSE_S = 20, 0.025
 EACH_TIMEOUT_S = 60.0
+# Within this time Serve ends a replica that answers nothing at all.
+SILENCE_S = 40.0
 
 
 class ServeBase:
@@ -108,31 +110,30 @@ class ServeBase:
     ) -> dict[str, Any | TuneloomError]:
         """What a method of `Base` returns, or raises of ours, on every running replica, by the replica's id.
 
-        Never starts a replica; a base that has none gives an empty answer. One that dies meanwhile is left out.
-
-        Raises:
-            Overloaded: a replica does not answer in time.
+        Never starts a replica; a base that has none gives an empty answer. One that does not answer, or dies
+        meanwhile, is there with an `Overloaded` that says so.
         """
         handle = await self._find()
-        if not await self._replicas():
+        asked = await self._replicas()
+        if not asked:
             return {}
         try:
-            answers = await handle.broadcast("operate", method, arguments).results_async(
-                timeout_s=timeout_s, return_exceptions=True
+            # A replica ends a slow method itself, and Serve ends one that does not even do that.
+            answers = await handle.broadcast("operate", method, arguments, timeout_s).results_async(
+                timeout_s=timeout_s + SILENCE_S, return_exceptions=True
             )
         except DeploymentUnavailableError:
             return {}
         except (RayError, RayServeException) as error:
             raise as_our_error(error, self._base_id) from error
-        except TimeoutError as error:
-            raise Overloaded(
-                f"A replica of the base `{self._base_id}` does not answer. Try again later.",
-                retry_after_s=RETRY_AFTER_S,
-            ) from error
+        except TimeoutError:
+            answers = [TimeoutError(f"no answers within {timeout_s + SILENCE_S:.0f} s")]
         for answer in answers:
             if isinstance(answer, BaseException):
                 logger.warning("a replica of %s did not answer to %s: %s", self._base_id, method, answer)
-        return dict(answer for answer in answers if not isinstance(answer, BaseException))
+        found = dict(answer for answer in answers if not isinstance(answer, BaseException))
+        silent = Overloaded("This replica did not answer. Try again in a moment.", retry_after_s=RETRY_AFTER_S)
+        return {**dict.fromkeys(sorted(asked - found.keys()), silent), **found}
 
     async def _replicas(self) -> frozenset[str]:
         # The handle must have its router, which is what hears of replicas.

@@ -126,6 +126,7 @@ class _Service:
             adapter=target.adapter,
             echo=call.echo,
             deadline_s=self._context.settings.gateway.request_timeout_s,
+            is_streamed=call.stream,
             priority=call.priority,
             response_format=call.response_format,
         )

@@ -62,7 +62,15 @@ class Replica:
         encoded = await anyio.to_thread.run_sync(self._encode, request)
         # A request id comes from a client and may repeat; a sequence needs an id that no other has.
         name = f"{next(self._numbers)}-{request.id}"
-        run = Run(self._engine, self._codec, request, encoded, name=name, max_parallel=self._max_parallel)
+        run = Run(
+            self._engine,
+            self._codec,
+            request,
+            encoded,
+            name=name,
+            max_parallel=self._max_parallel,
+            num_streams=lambda: self._num_open,
+        )
         if request.adapter is not None:
             self._usage.add(request.adapter)
         self._num_open += 1
@@ -211,7 +219,7 @@ class Base(Replica):
 
     async def pin(self, ref: AdapterRef, is_pinned: bool) -> None:
         """Keep an adapter that is loaded with this call, or let it go its way."""
-        await self._engine.pin_adapter(ref, is_pinned)
+        await self._pins.set(ref, is_pinned)
         if is_pinned:
             await self._engine.load_adapter(ref)
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 from tuneloom.domain import Target
 from tuneloom.engine.base import EngineStats
@@ -48,6 +48,12 @@ class BaseHandle(Protocol):
 
     async def is_cold(self) -> bool:
         """Whether it has no replica because nobody asks. Looking does not start one."""
+        ...
+
+    async def on_each_replica(
+        self, method: str, *arguments: Any, timeout_s: float = 60.0
+    ) -> "dict[str, Any | TuneloomError]":
+        """What a method of `Base` returns, or raises of ours, on every running replica, by the replica's id."""
         ...
 
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from tuneloom.domain import (
+    AdapterPin,
     ApiKey,
     Checkpoint,
     Event,
@@ -116,6 +117,7 @@ class Records:
         self.models = Table(documents, Model)
         self.versions = Table(documents, Version)
         self.registrations = Table(documents, Registration)
+        self.adapter_pins = Table(documents, AdapterPin)
         self.keys = Table(documents, ApiKey)
         self.repeats = Table(documents, Repeat)
 

@@ -1,0 +1,314 @@
+"""`/v1/tuneloom/bases` on the wire, for operators: what each replica of a base does and holds, and changes to that.
+
+An action goes to all replicas; what each answers is told of each. Pins are kept in the store, for replicas that start
+later; the rest happens once.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import anyio.to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tuneloom.config import BaseSettings
+from tuneloom.control.api import ApiContext
+from tuneloom.domain import AdapterPin, AdapterRef, Principal
+from tuneloom.engine.base import AdapterState, EngineStats, TierStats
+from tuneloom.errors import (
+    Conflict,
+    InvalidRequest,
+    InvalidType,
+    MissingParameter,
+    ModelNotFound,
+    NotFound,
+    TuneloomError,
+    UnknownParameter,
+)
+from tuneloom.serve.body import parse_object
+from tuneloom.serve.pins import read_pins
+from tuneloom.serve.upstream import Bases
+from tuneloom.store.base import Delete, StoreConflict, field_path
+from tuneloom.store.names import find_named
+
+LOOK_TIMEOUT_S = 10.0
+ACT_TIMEOUT_S = 60.0
+DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
+_FIELDS = ("model", "owner", "sha256")
+
+Answers = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The adapter that an action is about; `ref` is None if only its hash was given and nothing else is known."""
+
+    name: str
+    owner: str
+    sha256: str
+    ref: AdapterRef | None
+
+
+class BasesApi:
+    """Each method is one endpoint."""
+
+    def __init__(self, context: ApiContext, bases: Bases) -> None:
+        self._context = context
+        self._records = context.store.records
+        self._bases = bases
+
+    def routes(self) -> list[Route]:
+        path = "/v1/tuneloom/bases"
+        one = path + "/{base:path}"
+        return [
+            Route(path, self.list_bases, methods=["GET"]),
+            Route(one + "/adapters", self.list_adapters, methods=["GET"]),
+            Route(one + "/prewarm", self.prewarm, methods=["POST"]),
+            Route(one + "/pin", self.pin, methods=["POST"]),
+            Route(one + "/unpin", self.unpin, methods=["POST"]),
+            Route(one + "/unload", self.unload, methods=["POST"]),
+            Route(one, self.retrieve, methods=["GET"]),
+        ]
+
+    async def list_bases(self, request: Request) -> Response:
+        _admin(request)
+        shown = [await self._show(base) for base in self._context.settings.bases]
+        return JSONResponse({"object": "list", "data": shown})
+
+    async def retrieve(self, request: Request) -> Response:
+        _admin(request)
+        return JSONResponse(await self._show(self._base(request)))
+
+    async def list_adapters(self, request: Request) -> Response:
+        """The adapters that the replicas know, the last used first."""
+        _admin(request)
+        base, limit = self._base(request), _limit(request)
+        answers = await self._bases(base.id).on_each_replica("adapters", timeout_s=LOOK_TIMEOUT_S)
+        found = [
+            (replica, state)
+            for replica, states in answers.items()
+            if not isinstance(states, TuneloomError)
+            for state in states
+        ]
+        found.sort(key=lambda each: -each[1].last_used_at)
+        shown = found[:limit]
+        names = await anyio.to_thread.run_sync(self._names, {state.sha256 for _, state in shown})
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [_show_adapter(replica, state, names.get(state.sha256, [])) for replica, state in shown],
+                "has_more": len(found) > limit,
+                "errors": [_outcome(id, answer) for id, answer in answers.items() if isinstance(answer, TuneloomError)],
+            }
+        )
+
+    async def prewarm(self, request: Request) -> Response:
+        base, subject = await self._subject(request)
+        return await self._act(base, "prewarm", subject, subject.ref)
+
+    async def pin(self, request: Request) -> Response:
+        base, subject = await self._subject(request)
+        await anyio.to_thread.run_sync(self._keep_pin, base, subject)
+        return await self._act(base, "pin", subject, subject.ref, True)
+
+    async def unpin(self, request: Request) -> Response:
+        base, subject = await self._subject(request, may_be_gone=True)
+        pin = await anyio.to_thread.run_sync(self._drop_pin, base, subject)
+        return await self._act(base, "unpin", subject, pin.adapter, False, method="pin")
+
+    async def unload(self, request: Request) -> Response:
+        base, subject = await self._subject(request, may_be_gone=True)
+        pins = await anyio.to_thread.run_sync(read_pins, self._records, base.id)
+        if subject.sha256 in pins:
+            raise Conflict(f"`{pins[subject.sha256].name}` is pinned. Unpin it first.")
+        return await self._act(base, "unload", subject, subject.sha256)
+
+    async def _act(
+        self, base: BaseSettings, action: str, subject: _Subject, *arguments: object, method: str | None = None
+    ) -> Response:
+        answers = await self._bases(base.id).on_each_replica(method or action, *arguments, timeout_s=ACT_TIMEOUT_S)
+        outcomes = [_outcome(id, answer) for id, answer in answers.items()]
+        return JSONResponse(
+            {
+                "object": "tuneloom.base.action",
+                "action": action,
+                "base": base.id,
+                "model": subject.name,
+                "sha256": subject.sha256,
+                "replicas": outcomes,
+                "failed": sum(outcome["status"] != "ok" for outcome in outcomes),
+            }
+        )
+
+    async def _show(self, base: BaseSettings) -> dict[str, Any]:
+        try:
+            answers: Answers = await self._bases(base.id).on_each_replica("stats", timeout_s=LOOK_TIMEOUT_S)
+            problem = None
+        except TuneloomError as error:
+            answers, problem = {}, error.message
+        pins = await anyio.to_thread.run_sync(read_pins, self._records, base.id)
+        return {
+            "object": "tuneloom.base",
+            "id": base.id,
+            "problem": problem,
+            "replicas": [
+                {**_outcome(id, answer), **({} if isinstance(answer, TuneloomError) else show_stats(answer))}
+                for id, answer in answers.items()
+            ],
+            "pins": [
+                {"model": pin.name, "owner": pin.owner, "sha256": pin.id, "created_at": int(pin.created_at)}
+                for pin in pins.values()
+            ],
+        }
+
+    def _base(self, request: Request) -> BaseSettings:
+        return self._context.get_base(request.path_params["base"], param="base")
+
+    async def _subject(self, request: Request, *, may_be_gone: bool = False) -> tuple[BaseSettings, _Subject]:
+        principal = _admin(request)
+        base = self._base(request)
+        fields = _fields(await request.body())
+        if "sha256" in fields:
+            if not may_be_gone:
+                raise InvalidRequest(
+                    "Name the model; only what is kept already can be told by its hash.", param="sha256"
+                )
+            if "model" in fields:
+                raise InvalidRequest("Send `model` or `sha256`, not both.", param="sha256")
+            return base, _by_hash(fields["sha256"], fields.get("owner", principal.owner))
+        if "model" not in fields:
+            raise MissingParameter("Missing required parameter: `model`.", param="model")
+        owner = fields.get("owner", principal.owner)
+        return base, await anyio.to_thread.run_sync(self._by_name, base, owner, fields["model"])
+
+    def _by_name(self, base: BaseSettings, owner: str, name: str) -> _Subject:
+        named = find_named(self._records, owner, name)
+        holder = named and (named.checkpoint or named.version)
+        if holder is None:
+            raise ModelNotFound.named(name[:200])
+        if holder.value.base != base.id:
+            raise InvalidRequest(f"`{name}` is a model of the base `{holder.value.base}`.", param="model")
+        return _Subject(name, owner, holder.value.adapter.sha256, holder.value.adapter)
+
+    def _keep_pin(self, base: BaseSettings, subject: _Subject) -> None:
+        assert subject.ref is not None
+        pins = read_pins(self._records, base.id)
+        if subject.sha256 in pins:
+            return
+        if len(pins) >= base.engine.adapter_slots - 1:
+            raise Conflict(
+                f"{len(pins)} models of this base are pinned, and one of its {base.engine.adapter_slots} slots stays "
+                "free for the rest. Unpin another, or raise `adapter_slots`."
+            )
+        pin = AdapterPin(
+            id=subject.sha256,
+            owner=subject.owner,
+            base=base.id,
+            name=subject.name,
+            adapter=subject.ref,
+            created_at=time.time(),
+        )
+        try:
+            self._records.commit(self._records.adapter_pins.create(pin))
+        except StoreConflict:
+            # Another operator was at the same.
+            return
+
+    def _drop_pin(self, base: BaseSettings, subject: _Subject) -> AdapterPin:
+        pin = read_pins(self._records, base.id).get(subject.sha256)
+        if pin is None:
+            raise NotFound(f"`{subject.name}` is not pinned.", param="model")
+        try:
+            self._records.commit(Delete(AdapterPin.collection, pin.id))
+        except StoreConflict:
+            # Another operator was at the same.
+            return pin
+        return pin
+
+    def _names(self, hashes: set[str]) -> dict[str, list[dict[str, str]]]:
+        """What the adapters are called."""
+        field = field_path("adapter", "sha256")
+        return {
+            sha256: [
+                {"name": stored.value.pinned_name, "owner": stored.value.owner}
+                for stored in self._records.versions.query({field: sha256}, limit=10)
+            ]
+            for sha256 in hashes
+        }
+
+
+def show_stats(stats: EngineStats) -> dict[str, Any]:
+    """One replica's numbers. What only this engine has is in `details`."""
+    return {
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "waiting_tokens": stats.waiting_tokens,
+        "preemptions": stats.preemptions,
+        "steps": stats.steps,
+        "step_ms": round(stats.step_ms, 2),
+        "step_tokens": round(stats.step_tokens, 1),
+        "tokens_per_s": round(stats.tokens_per_s, 1),
+        "tokens_generated": stats.tokens_generated,
+        "kv_tokens_used": stats.kv_tokens_used,
+        "kv_tokens_total": stats.kv_tokens_total,
+        "tiers": {name: _show_tier(tier) for name, tier in stats.tiers.items()},
+        "details": stats.extra,
+    }
+
+
+def _show_tier(tier: TierStats) -> dict[str, Any]:
+    asked = tier.hits + tier.misses
+    return {**asdict(tier), "fill_s": round(tier.fill_s, 3), "hit_rate": round(tier.hits / asked, 4) if asked else None}
+
+
+def _show_adapter(replica: str, state: AdapterState, names: list[dict[str, str]]) -> dict[str, Any]:
+    return {
+        "object": "tuneloom.base.adapter",
+        "replica": replica,
+        "sha256": state.sha256,
+        "models": names,
+        "tier": state.tier,
+        "rank": state.rank,
+        "bytes": state.size_bytes,
+        "in_use": state.in_use,
+        "pinned": state.is_pinned,
+        "last_used_at": int(state.last_used_at),
+    }
+
+
+def _outcome(replica: str, answer: object) -> dict[str, Any]:
+    if isinstance(answer, TuneloomError):
+        return {"id": replica, "status": "error", **answer.body()}
+    return {"id": replica, "status": "ok"}
+
+
+def _admin(request: Request) -> Principal:
+    principal: Principal = request.state.principal
+    principal.require("admin")
+    return principal
+
+
+def _fields(raw: bytes) -> dict[str, str]:
+    body = parse_object(raw)
+    for name, value in body.items():
+        if name not in _FIELDS:
+            raise UnknownParameter(f"Unknown parameter: `{name[:100]}`.", param=name[:100])
+        if not isinstance(value, str) or not value:
+            raise InvalidType(f"Invalid `{name}`: send a text that is not empty.", param=name)
+    return body
+
+
+def _by_hash(sha256: str, owner: str) -> _Subject:
+    if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
+        raise InvalidRequest("Invalid `sha256`: send 64 hexadecimal digits.", param="sha256")
+    return _Subject(sha256[:12], owner, sha256, None)
+
+
+def _limit(request: Request) -> int:
+    text = request.query_params.get("limit", str(DEFAULT_LIMIT))
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= MAX_LIMIT):
+        raise InvalidRequest(f"Invalid `limit`. Use a whole number from 1 to {MAX_LIMIT}.", param="limit")
+    return int(text)
