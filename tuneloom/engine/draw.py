@@ -58,8 +58,7 @@ def read_rows(tokens_N: Tensor, is_so_N: Tensor) -> list[tuple[int, bool]]:
 class Wanted:
     """What rows ask of their distributions, one column each, and the numbers that they drew.
 
-    `total_N1` is the sum of a row's weights `exp((logit - best) / temperature)`. float64: float32 sums would round
-    away the tail, and differently beside other rows.
+    `total_N1` is the sum of a row's weights `exp((logit - best) / temperature)`.
     """
 
     best_N1: Tensor
@@ -79,7 +78,9 @@ class Wanted:
         columns = torch.tensor(table, dtype=torch.float64, device=logits_NV.device).split(1, -1)
         draws_N = torch.tensor(draws, dtype=torch.float64, device=logits_NV.device)
         best_N1 = best_N[:, None]
-        total_N1 = _weights(logits_NV, best_N1, columns[0]).sum(-1, keepdim=True, dtype=torch.float64)
+        # Not a sum of `exp`, which torch computes slowly where it vanishes.
+        share_N1 = (logits_NV / columns[0].float()).softmax(-1).amax(-1, keepdim=True)
+        total_N1 = 1 / share_N1.double()
         return cls(best_N1, total_N1, *columns, draws_N[:, None])
 
     def select(self, index: Tensor) -> "Wanted":

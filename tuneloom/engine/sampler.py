@@ -24,6 +24,8 @@ _LEAST_TEMPERATURE = 1e-4
 _MAX_LOGPROBS = 20
 # torch finds the place of a maximum slowly and the maximum itself fast: first by blocks, then within one.
 _BLOCK = 256
+# Logits that are worked on at once on a CPU: their float32 copies stay in its cache, and need no new pages each time.
+_PART = 1 << 19
 
 
 class SampledRow(Protocol):
@@ -126,11 +128,11 @@ def sample(logits_NV: Tensor, rows: Rows[SampledRow]) -> list[TokenOutput | Tune
     Log-probabilities are those of the raw logits, before penalties, bias, grammar and temperature.
     """
     best_N, chosen_N = best_tokens(logits_NV)
-    changed = [i for i, row in enumerate(rows) if row.sampling.is_adjusted or _is_drawn(row)]
     found: dict[int, int | TuneloomError] = {}
-    if changed:
-        changed_NV = logits_NV.index_select(0, torch.tensor(changed, device=logits_NV.device)).float()
-        found = dict(zip(changed, _choose(changed_NV, [rows[i] for i in changed]), strict=True))
+    changed = [i for i, row in enumerate(rows) if row.sampling.is_adjusted or _is_drawn(row)]
+    for part in _parts(changed, logits_NV):
+        part_NV = logits_NV.index_select(0, torch.tensor(part, device=logits_NV.device)).float()
+        found |= zip(part, _choose(part_NV, [rows[i] for i in part]), strict=True)
     outputs: list[TokenOutput | TuneloomError] = []
     for i, (token, is_sound) in enumerate(read_rows(chosen_N, torch.isfinite(best_N))):
         if not is_sound:
@@ -145,13 +147,28 @@ def sample(logits_NV: Tensor, rows: Rows[SampledRow]) -> list[TokenOutput | Tune
 
 def best_tokens(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row, NaN if the row has one, and its first place."""
-    width = logits_NV.shape[-1]
-    if logits_NV.device.type != "cpu" or width % _BLOCK or not logits_NV.is_contiguous():
+    if logits_NV.device.type != "cpu" or logits_NV.shape[-1] % _BLOCK or not logits_NV.is_contiguous():
         return logits_NV.max(-1)
+    found = [_best_by_blocks(part_NV) for part_NV in logits_NV.split(_part_size(logits_NV))]
+    best, place = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(place)
+
+
+def _best_by_blocks(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     blocks_NBK = logits_NV.float().view(len(logits_NV), -1, _BLOCK)
     best_N, block_N = blocks_NBK.amax(-1).max(-1)
     place_N = blocks_NBK[torch.arange(len(logits_NV)), block_N].max(-1).indices
     return best_N, block_N * _BLOCK + place_N
+
+
+def _part_size(logits_NV: Tensor) -> int:
+    """How many rows to work on at once."""
+    return max(1, _PART // logits_NV.shape[-1]) if logits_NV.device.type == "cpu" else len(logits_NV)
+
+
+def _parts(rows: list[int], logits_NV: Tensor) -> list[list[int]]:
+    size = _part_size(logits_NV)
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
 def _is_drawn(row: SampledRow) -> bool:
@@ -216,22 +233,23 @@ def _penalise(logits_NV: Tensor, rows: Rows[SampledRow]) -> None:
 
 
 def _add_logprobs(outputs: list[TokenOutput | TuneloomError], logits_NV: Tensor, rows: Rows[SampledRow]) -> None:
-    asked = [
-        (i, output)
-        for i, output in enumerate(outputs)
-        if rows[i].params.logprobs is not None and isinstance(output, TokenOutput)
-    ]
-    if not asked:
-        return
-    device = logits_NV.device
-    logits_NV = logits_NV.index_select(0, torch.tensor([i for i, _ in asked], device=device)).float()
+    asked = [i for i, output in enumerate(outputs) if rows[i].params.logprobs is not None]
+    for part in _parts([i for i in asked if isinstance(outputs[i], TokenOutput)], logits_NV):
+        part_NV = logits_NV.index_select(0, torch.tensor(part, device=logits_NV.device)).float()
+        wanted = [rows[i].params.logprobs or 0 for i in part]
+        chosen = [output for i in part if isinstance(output := outputs[i], TokenOutput)]
+        for i, output in zip(part, _with_logprobs(chosen, wanted, part_NV), strict=True):
+            outputs[i] = output
+
+
+def _with_logprobs(outputs: list[TokenOutput], wanted: list[int], logits_NV: Tensor) -> list[TokenOutput]:
     total_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    tokens_N1 = torch.tensor([[output.token_id] for _, output in asked], device=device)
+    tokens_N1 = torch.tensor([[output.token_id] for output in outputs], device=logits_NV.device)
     chosen = (logits_NV.gather(-1, tokens_N1) - total_N1).squeeze(-1).tolist()
     # Always as many, so that which of equal ones are named does not depend on other rows.
     values_NK, ids_NK, _ = best_candidates(logits_NV, _MAX_LOGPROBS)
     top_values, top_ids = (values_NK - total_N1).tolist(), ids_NK.tolist()
-    for at, (i, output) in enumerate(asked):
-        wanted = rows[i].params.logprobs or 0
-        top = tuple(zip(top_ids[at][:wanted], top_values[at][:wanted], strict=True))
-        outputs[i] = TokenOutput(output.token_id, chosen[at], top)
+    return [
+        TokenOutput(output.token_id, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+        for output, count, logprob, ids, values in zip(outputs, wanted, chosen, top_ids, top_values, strict=True)
+    ]
