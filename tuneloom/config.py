@@ -40,6 +40,14 @@ class EngineSettings(Section):
     kv_cache_tokens: int | None = Field(
         None, ge=64, description="tokens of all running sequences together; None: what `max_sequences` can use"
     )
+    kv_cache: Literal["auto", "dense", "paged"] = Field(
+        "auto", description="form of the cache of keys and values; auto: dense on a CPU, paged elsewhere"
+    )
+    prefix_cache_bytes: int = Field(
+        512 << 20,
+        ge=0,
+        description="prefixes of prompts kept beside a dense cache; a paged one keeps them in itself; 0: none",
+    )
     max_step_tokens: int = Field(256, ge=16, description="tokens of one step, decode rows and prefill together")
     max_step_ms: float = Field(
         200.0, gt=0, description="time of a step while sequences decode; prompts are read in chunks that fit it"

@@ -1,15 +1,23 @@
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from tests.engine.conftest import OpenCore, fetch_local, ref_of, request
+from tests.engine.test_bases import ARCHITECTURES, make_model
+from tests.tiny import make_adapter
 from tuneloom.engine.blocks import BLOCK_TOKENS
+from tuneloom.engine.core import EngineConfig
+from tuneloom.engine.engine import LocalEngine
 from tuneloom.engine.kv_cache import CacheBatch, Chunk, DenseCache, KVCache, KVShape
 from tuneloom.engine.paged_cache import PagedCache
 from tuneloom.engine.prefix import Chain, PrefixCache
+from tuneloom.generation import SamplingParams
 
 CPU = torch.device("cpu")
 SHAPE = KVShape(2, 1, 2, torch.float32)
@@ -363,3 +371,139 @@ def act(world: World, data: st.DataObject) -> None:
         world.compact()
     elif kind == "drop":
         world.prefix.drop_adapter(data.draw(st.sampled_from(ADAPTERS[1:])))
+
+
+SYSTEM = [(11 * i + 5) % 480 + 8 for i in range(5 * BLOCK_TOKENS + 3)]
+
+
+@FORMS
+def test_answers_over_shared_prefixes_equal_generate(
+    open_core: OpenCore, tiny_base: Path, tiny_adapters: list[Path], plain_generate, tiny_prompts, form: str
+):
+    """In two rounds: together without a prefix, then a next turn on top of each answer."""
+    engine = open_core(kv_cache=form, max_step_tokens=48, max_sequences=6, adapter_slots=2)
+    adapters = [None, *tiny_adapters[:2]]
+    prompts = [SYSTEM[: 20 * (i % 3 + 2)] + tiny_prompts[i] for i in range(12)]
+    for turn in range(2):
+        ids = [f"{turn}-{i}" for i in range(len(prompts))]
+        for i, id in enumerate(ids):
+            adapter = adapters[i % 3]
+            ref = None if adapter is None else ref_of(adapter)
+            engine.core.add(request(id, prompts[i], adapter=ref, owner=f"owner-{i % 2}"))
+        engine.run()
+        assert not engine.errors
+        for i, id in enumerate(ids):
+            assert engine.tokens(id) == plain_generate(tiny_base, prompts[i], 8, adapters[i % 3])
+        prompts = [[*prompt, *engine.tokens(id), 7, 8, 9] for prompt, id in zip(prompts, ids, strict=True)]
+    # Of the first turn all but the last token was computed; 3 and 8 + 3 tokens have come since.
+    known = [len(prompt) - 1 - 3 - 11 for prompt in prompts]
+    found = [engine.outputs[f"1-{i}"][-1].cached_tokens for i in range(len(prompts))]
+    assert found == [length // BLOCK_TOKENS * BLOCK_TOKENS for length in known]
+
+
+@FORMS
+@pytest.mark.parametrize("kind", ["gemma3_text", "mistral"])
+def test_a_prefix_serves_layers_with_windows(
+    open_core: OpenCore, plain_generate, tiny_prompts, tmp_path: Path, kind: str, form: str
+):
+    base = make_model(tmp_path / kind, kind, ARCHITECTURES[kind])
+    engine = open_core(base, kv_cache=form, max_step_tokens=40)
+    prompts = [SYSTEM[:length] + tiny_prompts[i] for i, length in enumerate((40, 83, 83, 64))]
+    for i, prompt_ids in enumerate(prompts):
+        engine.core.add(request(f"r{i}", prompt_ids))
+        engine.run()
+    for i, prompt_ids in enumerate(prompts):
+        assert engine.tokens(f"r{i}") == plain_generate(base, prompt_ids, 8)
+    assert [engine.outputs[f"r{i}"][0].cached_tokens for i in range(4)] == [0, 32, 80, 64]
+
+
+@FORMS
+def test_prompts_that_come_at_once_are_read_once(open_core: OpenCore, form: str):
+    engine = open_core(kv_cache=form, max_step_tokens=32)
+    for i in range(8):
+        engine.core.add(request(f"r{i}", [*SYSTEM, i + 5, 3]))
+    engine.run()
+    shared = 5 * BLOCK_TOKENS
+    assert sorted(engine.outputs[f"r{i}"][0].cached_tokens for i in range(8)) == [0] + 7 * [shared]
+    counters = engine.core.stats().extra["prefix_cache"]
+    assert (counters["hit_tokens"], counters["query_tokens"]) == (7 * shared, 8 * len([*SYSTEM, 1, 2]))
+
+
+@FORMS
+def test_preempted_answers_go_on_from_their_blocks(open_core: OpenCore, tiny_base: Path, plain_generate, form: str):
+    engine = open_core(kv_cache=form, kv_cache_tokens=12 * BLOCK_TOKENS, max_length=160)
+    prompts = [[(7 * i + j) % 400 + 9 for j in range(30)] for i in range(6)]
+    params = SamplingParams(max_tokens=70, temperature=0.0)
+    for i, ids in enumerate(prompts):
+        engine.core.add(request(f"r{i}", ids, params=params))
+    engine.run()
+    stats = engine.core.stats()
+    assert stats.preemptions > 0
+    assert stats.extra["prefix_cache"]["hit_tokens"] > 0
+    for i, ids in enumerate(prompts):
+        assert engine.tokens(f"r{i}") == plain_generate(tiny_base, ids, 70)
+        assert engine.outputs[f"r{i}"][-1].cached_tokens == 0, "its own tokens do not count"
+
+
+@FORMS
+def test_a_sequence_without_finite_scores_leaves_no_blocks(
+    open_core: OpenCore, tiny_base: Path, tmp_path: Path, form: str
+):
+    folder = make_adapter(tmp_path / "broken", tiny_base, rank=4)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, path)
+    engine = open_core(kv_cache=form, max_step_tokens=32)
+    engine.core.add(request("sound", SYSTEM))
+    engine.core.add(request("broken", SYSTEM, adapter=ref_of(folder)))
+    engine.run()
+    assert engine.errors.keys() == {"broken"}
+    assert engine.core.stats().extra["prefix_cache"]["blocks"] == (len(SYSTEM) + 7) // BLOCK_TOKENS
+
+
+@FORMS
+def test_a_prompt_that_is_given_up_half_way_leaves_no_blocks_and_keeps_nobody_waiting(open_core: OpenCore, form: str):
+    engine = open_core(kv_cache=form, max_step_tokens=32)
+    for i in range(3):
+        engine.core.add(request(f"r{i}", [*SYSTEM, i]))
+    engine.step()
+    engine.core.abort("r0")
+    assert engine.core.stats().extra["prefix_cache"]["blocks"] == 0
+    engine.run()
+    assert engine.outputs.keys() == {"r1", "r2"}
+
+
+def test_the_cache_can_be_turned_off(open_core: OpenCore):
+    for form in ("dense", "paged"):
+        engine = open_core(kv_cache=form, prefix_cache_bytes=0)
+        for i in range(3):
+            engine.core.add(request(f"r{i}", SYSTEM))
+        engine.run()
+        assert {engine.outputs[f"r{i}"][-1].cached_tokens for i in range(3)} == {0}
+
+
+@FORMS
+def test_in_bf16_a_prefix_gives_the_same_within_rounding(open_core: OpenCore, form: str):
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0)
+    engine = open_core(kv_cache=form, dtype="bf16")
+    for id in ("plain", "cached"):
+        engine.core.add(request(id, SYSTEM, params=params))
+        engine.run()
+    [plain], [cached] = engine.outputs["plain"][0].tokens, engine.outputs["cached"][0].tokens
+    assert engine.outputs["cached"][0].cached_tokens == 5 * BLOCK_TOKENS
+    assert cached.logprob == pytest.approx(plain.logprob, abs=0.1)
+
+
+@pytest.mark.anyio
+async def test_evicting_an_adapter_drops_what_was_computed_with_it(tiny_base: Path, tiny_adapters: list[Path]):
+    engine = LocalEngine(tiny_base, EngineConfig(dtype="fp32", threads=1), fetch_local)
+    await engine.start()
+    ref = ref_of(tiny_adapters[0])
+    try:
+        for id in ("r0", "r1", "r2"):
+            outputs = [output async for output in engine.generate(request(id, SYSTEM, adapter=ref))]
+            assert outputs[-1].cached_tokens == (5 * BLOCK_TOKENS if id == "r1" else 0)
+            if id == "r1":
+                await engine.evict_adapter(ref.sha256)
+    finally:
+        await engine.close()

@@ -171,6 +171,7 @@ class EngineCore:
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
+    @torch.inference_mode()
     def abort(self, id: str) -> None:
         """Forget a sequence; an unknown id is fine."""
         sequence = self._sequences.get(id)
@@ -272,6 +273,7 @@ class EngineCore:
         """Take the slots of a running sequence that will be admitted again; its answer and sampling stay with it."""
         assert sequence.cache_slot is not None
         self._prefix.yield_claims(sequence.chain)
+        sequence.num_reached = max(sequence.num_reached, sequence.num_computed)
         self._cache.release(sequence.cache_slot, length=sequence.num_tokens, is_clean=True)
         sequence.cache_slot, sequence.num_computed = None, 0
         if sequence.adapter is not None:

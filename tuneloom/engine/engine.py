@@ -110,6 +110,7 @@ class LocalEngine:
     async def evict_adapter(self, sha256: str) -> None:
         """Drop an adapter, at once or when the last sequence that uses it has ended."""
         self._started().adapters.evict(sha256)
+        self._post(lambda core: core.drop_prefixes(sha256))
 
     async def pin_adapter(self, ref: AdapterRef, is_pinned: bool) -> None:
         """Load an adapter and keep it, or let it go its way. Raises Conflict: too many are pinned."""

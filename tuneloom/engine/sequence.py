@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.base import SequenceRequest
+from tuneloom.engine.prefix import Chain
 from tuneloom.engine.sampler import SamplingState
 from tuneloom.generation import SamplingParams
 
@@ -16,6 +17,8 @@ class Sequence:
     the base. While `cache_slot` is None it waits, since `waiting_since`; it may run, be preempted and wait again, and
     keeps its answer and the state of its sampling then. `number` tells the order of arrival.
 
+    `num_cached` tokens of its prompt came from the prefix cache, in which `chain` names its blocks. `num_reached`: how
+    far it had come when it was preempted.
     `num_charged` of its tokens have been put on its owner's account, and so will `load_bytes`: what was loaded for it.
     """
 
@@ -31,6 +34,9 @@ class Sequence:
     waiting_since: float = field(init=False)
     num_charged: int = 0
     load_bytes: int = 0
+    num_cached: int = 0
+    num_reached: int = 0
+    chain: Chain = field(init=False)
 
     def __post_init__(self) -> None:
         self.waiting_since = self.arrived_at
@@ -76,6 +82,11 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         return bool(self.output_ids) and self.num_pending == 1
+
+    def skip_to(self, num_computed: int) -> None:
+        """Tokens up to `num_computed` came from the prefix cache."""
+        self.num_cached += max(0, num_computed - max(self.num_computed, self.num_reached))
+        self.num_computed = num_computed
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Ids of positions `start` to `end` of prompt and answer."""
