@@ -76,6 +76,7 @@ def test_a_wrong_config_names_the_file_and_the_field(shell: Shell):
 def test_nothing_runs_in_a_new_home(shell: Shell):
     assert shell("down") == 0 and "nothing was running" in shell.out
     assert shell("status") == 3 and "not running" in shell.out
+    assert shell("status", "--bases") == 3 and "not running" in shell.err
     assert shell("env") == 3 and shell.out == "" and "tuneloom up" in shell.err
     assert shell("jobs", "list") == 1 and "Start it: `tuneloom up`" in shell.err
     assert shell("models", "list") == 0 and shell.out == ""
@@ -274,3 +275,31 @@ def test_env_prints_lines_for_a_shell(shell: Shell, api: list[str]):
     assert key == "export OPENAI_API_KEY=sk-admin"
     assert shell("env", "--ray") == 0
     assert "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:1" in shell.out and "RAY_AUTH_TOKEN_PATH" in shell.out
+
+
+def test_the_tables_of_operators_hold_what_the_api_tells():
+    from tuneloom.cli.report import adapter_rows, pin_rows, replica_rows, tier_rows
+    from tuneloom.engine.base import AdapterState, EngineStats, TierStats
+    from tuneloom.errors import Overloaded
+    from tuneloom.serve.api_bases import show_adapter, show_outcome, show_stats
+
+    tier = TierStats(2, 2_000_000, 3_000_000, hits=3, misses=1, fills=1, evictions=5, failures=6, fill_s=0.2)
+    details = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "mode": "batched",
+        "prefix_cache": {"hit_tokens": 30, "query_tokens": 40},
+    }
+    stats = EngineStats(4, 2, 10, 1000, 9, 12.52, 77, 1, 0, 1234, 0, 30.0, 160.0, {"host": tier}, details)
+    state = AdapterState("a" * 64, "slot", 4, 9_800_000, 1, True, 50.0)
+    base = {
+        "replicas": [{**show_outcome("r1", None), **show_stats(stats)}, show_outcome("r2", Overloaded("Silent."))],
+        "adapters": [show_adapter("r1", state, [{"name": "bot@v1", "owner": "eve"}])],
+        "pins": [{"model": "bot@v1", "owner": "eve", "sha256": "a" * 64}],
+    }
+    _, (one, two) = replica_rows(base)
+    assert one[:8] == ["r1", "batched", "cpu bfloat16", "4", "2 (1,234 tokens)", "12.5 ms", "160", "10 of 1,000 tokens"]
+    assert one[8] == "75 %" and two[:2] == ["r2", "Silent."]
+    assert tier_rows(base)[1] == [["r1", "host", "2", "2.0 MB", "3.0 MB", "3", "1", "75 %", "5", "6"]]
+    assert adapter_rows(base)[1][0][:7] == ["r1", "a" * 12, "eve/bot@v1", "slot", "9.8 MB", "1", "yes"]
+    assert pin_rows(base)[1] == [["eve/bot@v1", "a" * 64]]

@@ -2,11 +2,14 @@
 
 import shlex
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuneloom.cli.session import home_folder, print_json, print_rows, read_settings
+from tuneloom.cli.session import Api, home_folder, print_json, print_rows, read_settings
+
+if TYPE_CHECKING:
+    from tuneloom.config import Settings
 
 NOT_RUNNING = 3
 
@@ -49,11 +52,18 @@ def down(context: typer.Context) -> None:
 def status(
     context: typer.Context,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    bases: Annotated[
+        bool, typer.Option("--bases", help="What each replica of each base does and holds, instead.")
+    ] = False,
 ) -> None:
     """What runs, what trains, what is stored. Exit code 3 when nothing runs."""
     from tuneloom.cli.report import collect
 
-    report = collect(read_settings(context))
+    settings = read_settings(context)
+    if bases:
+        _print_bases(settings, as_json=json)
+        return
+    report = collect(settings)
     if json:
         print_json(report)
     else:
@@ -81,6 +91,29 @@ def env(
         variables |= cluster.client_environment(settings.home, state)
     for name, value in variables.items():
         typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+def _print_bases(settings: "Settings", *, as_json: bool) -> None:
+    from tuneloom import cluster
+    from tuneloom.cli.report import adapter_rows, pin_rows, replica_rows, tier_rows
+
+    state = cluster.read_state(settings.home)
+    if state is None or not state.is_up:
+        typer.echo("not running", err=True)
+        raise typer.Exit(NOT_RUNNING)
+    api = Api(settings)
+    shown = api.get("/v1/tuneloom/bases")["data"]
+    for base in shown:
+        base["adapters"] = api.get(f"/v1/tuneloom/bases/{base['id']}/adapters")["data"] if base["replicas"] else []
+    if as_json:
+        print_json(shown)
+        return
+    for number, base in enumerate(shown):
+        typer.echo(("\n" if number else "") + base["id"] + (f": {base['problem']}" if base["problem"] else ""))
+        if not base["replicas"] and not base["problem"]:
+            typer.echo("no replica runs; one starts when it is asked for")
+        for header, rows in (replica_rows(base), tier_rows(base), adapter_rows(base), pin_rows(base)):
+            print_rows(header, rows)
 
 
 def _print_status(report: dict) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuneloom.cli.session import open_store, print_json, print_rows, read_settings
+from tuneloom.cli.session import Api, open_store, print_json, print_rows, read_settings
 from tuneloom.domain import LOCAL_OWNER
 from tuneloom.errors import Conflict, InvalidRequest, ModelNotFound
 
@@ -22,6 +22,10 @@ app = typer.Typer(help="Tuned models and their versions.", no_args_is_help=True)
 
 Owner = Annotated[str, typer.Option(help="Whose models.")]
 Name = Annotated[str, typer.Argument(help="A model's name, such as support-bot.")]
+AnyName = Annotated[str, typer.Argument(help="A model, a version, or a checkpoint, by any of its names.")]
+
+# Beyond what the API gives its replicas.
+ACT_TIMEOUT_S = 120.0
 
 
 @app.command("list")
@@ -152,6 +156,44 @@ def delete(
     with open_store(context) as store:
         models.delete(store, owner, name)
     typer.echo(f"deleted {name}")
+
+
+@app.command()
+def prewarm(context: typer.Context, name: AnyName, owner: Owner = LOCAL_OWNER) -> None:
+    """Load an adapter into the memory of all replicas of its base."""
+    _act(context, "prewarm", name, owner)
+
+
+@app.command()
+def pin(context: typer.Context, name: AnyName, owner: Owner = LOCAL_OWNER) -> None:
+    """Keep an adapter loaded on all replicas of its base, also on those that start later."""
+    _act(context, "pin", name, owner)
+
+
+@app.command()
+def unpin(context: typer.Context, name: AnyName, owner: Owner = LOCAL_OWNER) -> None:
+    """Take a pin back."""
+    _act(context, "unpin", name, owner)
+
+
+@app.command()
+def unload(context: typer.Context, name: AnyName, owner: Owner = LOCAL_OWNER) -> None:
+    """Drop an adapter from device, memory and disk of all replicas; the next request loads it again."""
+    _act(context, "unload", name, owner)
+
+
+def _act(context: typer.Context, action: str, name: str, owner: str) -> None:
+    """Ask the running API; exit code 1 if a replica could not do it."""
+    with open_store(context) as store:
+        _, base = _adapter(store, owner, name)
+    path = f"/v1/tuneloom/bases/{base}/{action}"
+    done = Api(read_settings(context)).post(path, {"model": name, "owner": owner}, timeout=ACT_TIMEOUT_S)
+    rows = [[each["id"], each["error"]["message"] if each["status"] != "ok" else "ok"] for each in done["replicas"]]
+    print_rows(["replica", action], rows)
+    if not rows:
+        typer.echo(f"{base} has no replica at the moment")
+    if done["failed"]:
+        raise typer.Exit(1)
 
 
 def _adapter(store: "Store", owner: str, name: str) -> "tuple[AdapterRef, str]":

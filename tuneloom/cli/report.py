@@ -118,6 +118,87 @@ def _job(job: Job, progress: Progress | None) -> dict[str, Any]:
     return {"id": job.id, "owner": job.owner, "base": job.spec.base, "state": job.state, "progress": steps}
 
 
+Table = tuple[list[str], list[list[str]]]
+
+
+def replica_rows(base: dict[str, Any]) -> Table:
+    """What each replica of a base does, from `GET /v1/tuneloom/bases`."""
+    header = ["replica", "serves", "on", "running", "waiting", "step", "tokens/s", "KV cache", "prefix hits"]
+    return header, [_replica_row(replica) for replica in base["replicas"]]
+
+
+def tier_rows(base: dict[str, Any]) -> Table:
+    """Where the adapters of each replica are."""
+    header = ["replica", "adapters in", "count", "used", "of", "hits", "misses", "hit rate", "evicted", "failed"]
+    rows = [
+        [
+            replica["id"],
+            name,
+            str(tier["count"]),
+            _megabytes(tier["size_bytes"]),
+            _megabytes(tier["limit_bytes"]),
+            str(tier["hits"]),
+            str(tier["misses"]),
+            _percent(tier["hit_rate"]),
+            str(tier["evictions"]),
+            str(tier["failures"]),
+        ]
+        for replica in base["replicas"]
+        for name, tier in replica.get("tiers", {}).items()
+    ]
+    return header, rows
+
+
+def adapter_rows(base: dict[str, Any]) -> Table:
+    """The adapters that were used last, from `GET /v1/tuneloom/bases/{base}/adapters`."""
+    header = ["replica", "adapter", "model", "tier", "size", "in use", "pinned", "unused for"]
+    rows = [
+        [
+            each["replica"],
+            each["sha256"][:12],
+            ", ".join(f"{model['owner']}/{model['name']}" for model in each["models"]) or "-",
+            each["tier"],
+            _megabytes(each["bytes"]),
+            str(each["in_use"]),
+            "yes" if each["pinned"] else "no",
+            f"{max(0, time.time() - each['last_used_at']):.0f} s",
+        ]
+        for each in base["adapters"]
+    ]
+    return header, rows
+
+
+def pin_rows(base: dict[str, Any]) -> Table:
+    rows = [[f"{pin['owner']}/{pin['model']}", pin["sha256"]] for pin in base["pins"]]
+    return ["pinned on all replicas", "sha256"], rows
+
+
+def _replica_row(replica: dict[str, Any]) -> list[str]:
+    if replica["status"] != "ok":
+        return [replica["id"], replica["error"]["message"], *[""] * 7]
+    details = replica["details"]
+    prefix = details.get("prefix_cache", {"hit_tokens": 0, "query_tokens": 0})
+    return [
+        replica["id"],
+        details.get("mode", "-"),
+        f"{details.get('device', '?')} {details.get('dtype', '?')}",
+        str(replica["running"]),
+        f"{replica['waiting']} ({replica['waiting_tokens']:,} tokens)",
+        f"{replica['step_ms']:.1f} ms",
+        f"{replica['tokens_per_s']:.0f}",
+        f"{replica['kv_tokens_used']:,} of {replica['kv_tokens_total']:,} tokens",
+        _percent(prefix["hit_tokens"] / prefix["query_tokens"] if prefix["query_tokens"] else None),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
 def _disk(home: Path) -> dict[str, int]:
     used = {
         name: sum(_size(path) for pattern in patterns for path in home.glob(pattern)) // 10**6

@@ -99,9 +99,11 @@ class BasesApi:
         return JSONResponse(
             {
                 "object": "list",
-                "data": [_show_adapter(replica, state, names.get(state.sha256, [])) for replica, state in shown],
+                "data": [show_adapter(replica, state, names.get(state.sha256, [])) for replica, state in shown],
                 "has_more": len(found) > limit,
-                "errors": [_outcome(id, answer) for id, answer in answers.items() if isinstance(answer, TuneloomError)],
+                "errors": [
+                    show_outcome(id, answer) for id, answer in answers.items() if isinstance(answer, TuneloomError)
+                ],
             }
         )
 
@@ -130,7 +132,7 @@ class BasesApi:
         self, base: BaseSettings, action: str, subject: _Subject, *arguments: object, method: str | None = None
     ) -> Response:
         answers = await self._bases(base.id).on_each_replica(method or action, *arguments, timeout_s=ACT_TIMEOUT_S)
-        outcomes = [_outcome(id, answer) for id, answer in answers.items()]
+        outcomes = [show_outcome(id, answer) for id, answer in answers.items()]
         return JSONResponse(
             {
                 "object": "tuneloom.base.action",
@@ -155,7 +157,7 @@ class BasesApi:
             "id": base.id,
             "problem": problem,
             "replicas": [
-                {**_outcome(id, answer), **({} if isinstance(answer, TuneloomError) else show_stats(answer))}
+                {**show_outcome(id, answer), **({} if isinstance(answer, TuneloomError) else show_stats(answer))}
                 for id, answer in answers.items()
             ],
             "pins": [
@@ -264,7 +266,7 @@ def _show_tier(tier: TierStats) -> dict[str, Any]:
     return {**asdict(tier), "fill_s": round(tier.fill_s, 3), "hit_rate": round(tier.hits / asked, 4) if asked else None}
 
 
-def _show_adapter(replica: str, state: AdapterState, names: list[dict[str, str]]) -> dict[str, Any]:
+def show_adapter(replica: str, state: AdapterState, names: list[dict[str, str]]) -> dict[str, Any]:
     return {
         "object": "tuneloom.base.adapter",
         "replica": replica,
@@ -279,7 +281,7 @@ def _show_adapter(replica: str, state: AdapterState, names: list[dict[str, str]]
     }
 
 
-def _outcome(replica: str, answer: object) -> dict[str, Any]:
+def show_outcome(replica: str, answer: object) -> dict[str, Any]:
     if isinstance(answer, TuneloomError):
         return {"id": replica, "status": "error", **answer.body()}
     return {"id": replica, "status": "ok"}
