@@ -78,7 +78,7 @@ class GenerationRequest:
     """One call: choice `p * n + i` is sample `i` of prompt `p`. `deadline_s` is the time it may take in all.
 
     `echo`: the prompt's text comes first in each choice (completions only). `priority`: the higher goes first among
-    requests of one owner.
+    requests of one owner. `is_streamed`: deltas are wanted as they come; else they may all come at the end.
     """
 
     id: str
@@ -90,6 +90,7 @@ class GenerationRequest:
     deadline_s: float = 600.0
     priority: int = 0
     response_format: ResponseFormat | None = None
+    is_streamed: bool = True
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,29 @@ async def test_the_first_text_goes_at_once_and_the_rest_in_few_frames(codec: Cod
     assert len(pieces) < len(engine._ids)
 
 
+async def test_an_answer_that_is_not_streamed_comes_in_one_frame(codec: Codec) -> None:
+    engine = ScriptedEngine(codec, "left right up down", pause_s=0.002)
+    frames = await run(make_replica(engine, codec), replace(make_request(n=2), is_streamed=False))
+    assert [type(frame) for frame in frames] == [Started, list, Finished]
+    assert (text(frames, 0), text(frames, 1)) == ("left right up down", "left right up down")
+
+
+async def test_an_answer_that_is_not_streamed_fails_as_soon_as_one_choice_does(codec: Codec) -> None:
+    engine = ScriptedEngine(codec, "left right", error=Overloaded("The step failed."))
+    with pytest.raises(Overloaded, match="step failed"):
+        await run(make_replica(engine, codec), replace(make_request(n=2), is_streamed=False))
+    assert engine.running == 0
+
+
+async def test_the_more_streams_there_are_the_fewer_frames_each_needs(codec: Codec) -> None:
+    engine = ScriptedEngine(codec, "the quick brown fox jumps over the lazy dog", pause_s=0.01)
+    alone = await run(make_replica(engine, codec), make_request())
+    replica = make_replica(engine, codec)
+    together = await asyncio.gather(*(run(replica, make_request()) for _ in range(24)))
+    assert text(together[0]) == text(alone)
+    assert len(deltas(together[0])) < len(deltas(alone))
+
+
 async def test_a_stop_string_ends_the_text_and_the_sequence(codec: Codec) -> None:
     engine = ScriptedEngine(codec, "one two three " * 20)
     frames = await run(make_replica(engine, codec, context_length=512), make_request(stop=("three",), max_tokens=400))

@@ -4,10 +4,10 @@ Knows neither templates nor limits: prompts come encoded and checked.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuneloom.engine.base import Engine, SequenceRequest, TokenOutput
 from tuneloom.errors import Overloaded, TuneloomError
@@ -27,8 +27,10 @@ from tuneloom.serve.forms import Form
 if TYPE_CHECKING:
     from tuneloom.engine.text import Codec
 
-# The first piece goes at once; later ones wait this long for company, since each costs a hop between processes.
-FLUSH_S = 0.02
+# The first piece goes at once; later ones wait this long for company, since each costs hops between processes: the
+# longer, the more streams there are to send it for, each of which is then the slower, too.
+FLUSH_S, MAX_FLUSH_S = 0.02, 0.1
+STREAMS_PER_FLUSH = 6
 # How long an answer may be silent before it counts as begun: from then on failures are events, not statuses.
 ADMIT_S = 10.0
 # Between two tries of a choice whose siblings run while the engine has no room for it.
@@ -57,6 +59,7 @@ class Run:
         *,
         name: str,
         max_parallel: int,
+        num_streams: Callable[[], int] = lambda: 1,
     ) -> None:
         self._engine = engine
         self._codec = codec
@@ -64,6 +67,7 @@ class Run:
         self._encoded = encoded
         self._name = name
         self._turns = asyncio.Semaphore(max_parallel)
+        self._num_streams = num_streams
         self._deltas: list[Delta] = []
         self._news = asyncio.Event()
         self._error: Exception | None = None
@@ -84,6 +88,8 @@ class Run:
             self._raise_error()
             prompt_tokens = sum(len(prompt.ids) for prompt in self._encoded)
             yield Started(prompt_tokens)
+            if not self._request.is_streamed:
+                await self._until_end(everything)
             while True:
                 await self._wait(None)
                 is_done = everything.done()
@@ -92,7 +98,8 @@ class Run:
                 self._raise_error()
                 if is_done:
                     break
-                await asyncio.wait({everything}, timeout=FLUSH_S)
+                pause_s = FLUSH_S * max(1.0, self._num_streams() / STREAMS_PER_FLUSH)
+                await asyncio.wait({everything}, timeout=min(pause_s, MAX_FLUSH_S))
             yield Finished(Usage(prompt_tokens, self._completion_tokens, sum(self._cached_tokens)))
         finally:
             for task in tasks:
@@ -106,6 +113,11 @@ class Run:
                 await self._news.wait()
         except TimeoutError:
             return
+
+    async def _until_end(self, everything: asyncio.Future[Any]) -> None:
+        while not everything.done() and self._error is None:
+            self._news.clear()
+            await self._news.wait()
 
     def _take(self) -> list[Delta]:
         """The deltas that wait, one for each choice."""
