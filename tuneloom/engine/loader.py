@@ -18,10 +18,14 @@ from tuneloom.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
+_TRIAL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """`num_quantised`: linear layers of 4 or 8 bits."""
+    """`num_quantised`: linear layers of 4 or 8 bits. `trial_tolerance`: the relative error between logits that were
+    computed in two ways, up to which they count as the same.
+    """
 
     model: PreTrainedModel
     body: nn.Module
@@ -30,6 +34,7 @@ class LoadedModel:
     dtype: torch.dtype
     vocab_size: int
     num_quantised: int
+    trial_tolerance: float
 
 
 def load_model(
@@ -68,7 +73,18 @@ def load_model(
     name = next(name for name, module in model.named_modules() if module is body)
     elapsed_s = time.monotonic() - started
     logger.info("base loaded: %s as %s on %s in %.1f s", checkpoint.folder.name, dtype, device, elapsed_s)
-    return LoadedModel(model, body, name, device, dtype, checkpoint.text_config.vocab_size, num_quantised)
+    # Products of int8 weights round their inputs: a last bit of those moves a step of 1/127 of the largest.
+    is_int8 = "int8" in (quantization, checkpoint.quantization)
+    return LoadedModel(
+        model,
+        body,
+        name,
+        device,
+        dtype,
+        checkpoint.text_config.vocab_size,
+        num_quantised,
+        trial_tolerance=0.1 if is_int8 else _TRIAL_TOLERANCE[dtype],
+    )
 
 
 def pick_device() -> torch.device:

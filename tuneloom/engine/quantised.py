@@ -50,10 +50,11 @@ def prepare_quantised(model: nn.Module, dtype: torch.dtype) -> int:
     layers = [module for module in model.modules() if is_quantised(module)]
     for layer in layers:
         if _is_4bit(layer):
-            # bitsandbytes 0.50 repacks 4-bit weights at the first product where the CPU has AVX512-BF16. That rounds
-            # the scales to bf16, refuses some shapes, and breaks whoever saves or trains the model.
-            layer.support_avx512bf16_for_cpu = False
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            # bitsandbytes 0.50 repacks weights at the first product where the CPU has AVX512-BF16: several times as
+            # fast for few rows, but it computes in bf16, refuses some shapes, and breaks whoever saves or trains.
+            is_packable = dtype == torch.bfloat16 and layer.out_features % 32 == 0 and layer.in_features % 64 == 0
+            layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu and is_packable
     return len(layers)
 
 

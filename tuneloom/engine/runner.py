@@ -28,8 +28,6 @@ _ATTENTION = "tuneloom"
 # Arguments by which some attentions differ from the plain one that is computed here.
 _FOREIGN_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 _TRIAL_TOKENS = 12
-# Relative error of the logits between the base's own attention and ours.
-_TRIAL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 @dataclass
@@ -143,7 +141,7 @@ class Runner:
         self._cache.release(slot, length=len(ids), is_clean=False)
         assert found is not None
         error = (found[0].float() - expected).norm() / expected.norm().clamp_min(1e-6)
-        if not error <= _TRIAL_TOLERANCE[loaded.dtype]:
+        if not error <= loaded.trial_tolerance:
             raise InvalidRequest(
                 f"it computes something else under the engine's attention (relative error {float(error):.2g})"
             )

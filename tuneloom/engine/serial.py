@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 # By what names models return what they need to see again with the next token.
 _CACHES = ("past_key_values", "cache_params", "state")
 _TRIAL_TOKENS = 12
-_TRIAL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 Feeding = Literal["in chunks", "whole", "anew"]
 # How a trial feeds its tokens.
@@ -180,7 +179,7 @@ class SerialRunner:
                 # Anything may come out of a model that is fed in a way it was not made for.
                 logger.info("prompts cannot be fed %s: %r", feeding, error)
                 continue
-            if (found - expected).norm() <= _TRIAL_TOLERANCE[loaded.dtype] * expected.norm().clamp_min(1e-6):
+            if (found - expected).norm() <= loaded.trial_tolerance * expected.norm().clamp_min(1e-6):
                 return feeding
         return "anew"
 
