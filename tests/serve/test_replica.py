@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -23,6 +24,7 @@ from tuneloom.generation import (
     Frame,
     GenerationRequest,
     Prompt,
+    ResponseFormat,
     SamplingParams,
     Started,
     TextPrompt,
@@ -157,6 +159,35 @@ async def test_a_stop_string_ends_the_text_and_the_sequence(codec: Codec) -> Non
     frames = await run(make_replica(engine, codec, context_length=512), make_request(stop=("three",), max_tokens=400))
     assert (text(frames), deltas(frames)[-1].finish_reason) == ("one two ", "stop")
     assert engine.running == 0
+
+
+async def test_tokens_behind_a_stop_string_count_nowhere(codec: Codec) -> None:
+    class Ahead(ScriptedEngine):
+        """Hands over all that it has at once."""
+
+        async def generate(self, request: SequenceRequest) -> AsyncIterator[SequenceOutput]:
+            tokens = [token async for output in super().generate(request) for token in output.tokens]
+            yield SequenceOutput(tuple(tokens), "length")
+
+    words = "one two three four five"
+    frames = await run(make_replica(Ahead(codec, words), codec), make_request(stop=("two",), n=2, logprobs=0))
+    needed = next(count for count in range(1, 32) if "two" in codec.decode(codec.encode_text(words)[:count]))
+    last = frames[-1]
+    assert isinstance(last, Finished) and last.usage.completion_tokens == 2 * needed
+    for index in (0, 1):
+        assert (text(frames, index), deltas(frames, index)[-1].finish_reason) == ("one ", "stop")
+        entries = [entry.token for delta in deltas(frames, index) for entry in delta.logprobs]
+        assert "".join(entries).startswith("one") and "four" not in "".join(entries)
+
+
+async def test_a_character_of_many_tokens_comes_whole(codec: Codec) -> None:
+    said = "naïve 𝔘𝔫𝔦 👩‍👩‍👧 한국어"
+    assert len(codec.encode_text(said)) > len(said)
+    frames = await run(
+        make_replica(ScriptedEngine(codec, said, pause_s=0.03), codec, context_length=512), make_request(max_tokens=400)
+    )
+    pieces = [delta.text for delta in deltas(frames)]
+    assert "".join(pieces) == said and len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
 
 
 async def test_logprobs_stop_where_the_text_stops(codec: Codec) -> None:
@@ -357,6 +388,37 @@ async def real(tiny_base: Path, tiny_adapters: list[Path], tmp_path: Path, codec
     await engine.start()
     yield make_replica(engine, codec, context_length=engine.max_length), refs
     await engine.close()
+
+
+async def test_a_stop_string_ends_the_real_sequence_at_once(real: Any) -> None:
+    replica, _ = real
+    request = replace(make_request(max_tokens=300, temperature=1.5, seed=3, n=3), id="whole")
+    whole = await run(replica, request)
+    stop = text(whole, 0)[20:22]
+    frames = await run(replica, replace(request, id="cut", params=replace(request.params, stop=(stop,))))
+    for index in range(3):
+        before, found, _ = text(whole, index).partition(stop)
+        assert text(frames, index) == before
+        assert deltas(frames, index)[-1].finish_reason == ("stop" if found else deltas(whole, index)[-1].finish_reason)
+    used = [frames[-1].usage.completion_tokens for frames in (frames, whole) if isinstance(frames[-1], Finished)]
+    assert used[0] < used[1]
+    await eventually(lambda: replica._engine.stats().running == 0)
+
+
+async def test_an_answer_with_a_schema_parses_and_ends(real: Any) -> None:
+    replica, _ = real
+    schema = """{"type": "object", "properties": {"a": {"enum": [1, 22]}, "b": {"type": "boolean"}},
+                 "required": ["a", "b"], "additionalProperties": false}"""
+    form = ResponseFormat(schema)
+    request = replace(make_request(max_tokens=60, temperature=1.0, seed=1, n=4, logprobs=1), response_format=form)
+    frames = await run(replica, request)
+    for index in range(4):
+        answer = json.loads(text(frames, index))
+        assert answer.keys() == {"a", "b"} and deltas(frames, index)[-1].finish_reason == "stop"
+        entries = [entry.token for delta in deltas(frames, index) for entry in delta.logprobs]
+        assert "".join(entries) == text(frames, index)
+    with pytest.raises(InvalidRequest, match="`not`"):
+        await run(replica, replace(request, response_format=ResponseFormat('{"not": {}}')))
 
 
 async def test_mixed_adapters_answer_as_each_does_alone(real: Any) -> None:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tuneloom.engine.base import Engine, SequenceRequest, TokenOutput
+from tuneloom.engine.base import Engine, SequenceOutput, SequenceRequest, TokenOutput
 from tuneloom.errors import Overloaded, TuneloomError
 from tuneloom.generation import (
     Delta,
@@ -172,17 +172,19 @@ class Run:
         choice = _Choice(self._codec, prompt.form, params.stop, params.logprobs)
         async with aclosing(self._engine.generate(self._sequence(index, prompt))) as outputs:
             async for output in outputs:
-                self._completion_tokens += len(output.tokens)
                 if prompt.echo and index not in self._begun:
                     self._put(Delta(index, prompt.echo))
                 self._begun.add(index)
                 if index % n == 0:
                     self._cached_tokens[index // n] = max(self._cached_tokens[index // n], output.cached_tokens)
-                delta = choice.push(index, output.tokens, output.finish_reason)
-                if delta.text or delta.logprobs or delta.tool_calls or delta.finish_reason:
-                    self._put(delta)
-                if delta.finish_reason:
-                    return
+                # One by one: what the engine wrote behind a stop string is no part of the answer, nor of its usage.
+                for tokens, reason in _one_by_one(output):
+                    self._completion_tokens += len(tokens)
+                    delta = choice.push(index, tokens, reason)
+                    if delta.text or delta.logprobs or delta.tool_calls or delta.finish_reason:
+                        self._put(delta)
+                    if delta.finish_reason:
+                        return
         raise TuneloomError("The engine ended an answer without a reason. Send the request again.")
 
     def _put(self, delta: Delta) -> None:
@@ -204,6 +206,14 @@ class Run:
             priority=request.priority,
             grammar=prompt.form.grammar,
         )
+
+
+def _one_by_one(output: SequenceOutput) -> list[tuple[tuple[TokenOutput, ...], FinishReason | None]]:
+    """The tokens of an output, the last of them with its finish reason, which may come without a token."""
+    if not output.tokens:
+        return [((), output.finish_reason)]
+    *others, last = output.tokens
+    return [*(((token,), None) for token in others), ((last,), output.finish_reason)]
 
 
 class _Choice:
