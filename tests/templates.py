@@ -3,7 +3,10 @@
 Each has the marks that its family's vocabulary has as tokens; True: a special one.
 """
 
+import json
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -130,3 +133,19 @@ FAMILIES = {
     "phi": PHI,
     "gemma": GEMMA,
 }
+
+
+def write_family(folder: Path, base: Path, name: str) -> Path:
+    """A copy of the tiny base in `base` with the template and the marks of a family; return `folder`."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    family = FAMILIES[name]
+    shutil.copytree(base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for mark, is_special in family.marks.items():
+        tokenizer.add_tokens([AddedToken(mark, special=is_special, normalized=False)], special_tokens=is_special)
+    tokenizer.chat_template = family.template
+    tokenizer.save_pretrained(folder)
+    assert len(tokenizer) <= json.loads((folder / "config.json").read_text())["vocab_size"]
+    return folder

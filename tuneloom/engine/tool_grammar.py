@@ -100,7 +100,7 @@ class _Lark:
     def _text_or_calls(self) -> str:
         mark, begin = self._format.marker, self._format.begin
         if self._schema is not None:
-            return f"{self._text()} | {self._calls(begin)}"
+            return f"{self._text()} | {self._calls(begin) if mark else self._bare_calls()}"
         if not mark:
             calls = self._calls(begin)
             if (tag := self._tokens.ids.get(PYTHON_TAG)) is not None:
@@ -143,18 +143,40 @@ class _Lark:
         return [f"<[{','.join(map(str, ids))}]>"] if ids else []
 
     def _calls(self, begin: str) -> str:
-        """A rule for one or more calls, from `begin` on."""
+        """A rule for one or more calls, from `begin` on.
+
+        What stands before the arguments is one piece: text that ends there too could not be told from its beginning.
+        """
         format, choice = self._format, self._choice
-        if not any(rule.startswith("call:") for rule in self._rules):
-            calls = [
-                f"{self._literal(function['name'] + format.middle)} {self._arguments(number, function)}"
-                for number, function in enumerate(self._functions)
-            ]
-            self._rules.append("call: " + " | ".join(calls))
-        more = ""
-        if choice.is_parallel and choice.name is None and format.between is not None:
-            more = f"({self._literal(format.between)} call)* "
-        return f"{self._literal(begin)} call {more}{self._literal(format.end)}"
+        arguments = [self._arguments(number, function) for number, function in enumerate(self._functions)]
+
+        def one(before: str) -> str:
+            heads = [self._literal(before + function["name"] + format.middle) for function in self._functions]
+            return " | ".join(f"{head} {rule}" for head, rule in zip(heads, arguments, strict=True))
+
+        self._rules.append(f"first: {one(begin)}")
+        if not choice.is_parallel or choice.name is not None or format.between is None:
+            return f"first {self._literal(format.end)}"
+        self._rules.append(f"next: {one(format.between)}")
+        return f"first next* {self._literal(format.end)}"
+
+    def _bare_calls(self) -> str:
+        """Calls beside an answer that is JSON too: only two JSON schemas share the tokens that both begin with."""
+        (name_key,) = re.findall(r'"(\w+)"', self._format.begin)[-1:]
+        (arguments_key,) = re.findall(r'"(\w+)"', self._format.middle)[-1:]
+        schemas = [
+            {
+                "type": "object",
+                "properties": {
+                    name_key: {"const": function["name"]},
+                    arguments_key: _moved(parameters_schema(function), f"#/anyOf/{at}/properties/{arguments_key}"),
+                },
+                "required": [name_key, arguments_key],
+                "additionalProperties": False,
+            }
+            for at, function in enumerate(self._functions)
+        ]
+        return f"%json {json.dumps(spaced({'anyOf': schemas}), ensure_ascii=False)}"
 
     def _arguments(self, number: int, function: Mapping[str, Any]) -> str:
         schema = parameters_schema(function)
@@ -191,6 +213,18 @@ class _Lark:
             at = mark.end()
         parts += [json.dumps(text[at:])] if at < len(text) else []
         return " ".join(parts)
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """A schema that stands at `to` in another, with its references."""
+    if isinstance(schema, list):
+        return [_moved(item, to) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: to + value[1:] if key == "$ref" and isinstance(value, str) and value[:1] == "#" else _moved(value, to)
+        for key, value in schema.items()
+    }
 
 
 def _in_regex(text: str) -> str:
