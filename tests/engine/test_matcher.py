@@ -1,6 +1,7 @@
 """Answers that follow a grammar, on a random model that would never write JSON by itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,23 @@ def test_an_answer_that_meets_a_limit_of_its_grammar_fails_alone(core: Harness, 
     error = core.errors["hard"]
     assert isinstance(error, TuneloomError) and error.code == "grammar_error" and error.status == 500
     assert set(codec.decode(core.tokens("hard"))) == {"x"}
+
+
+def test_preempted_answers_go_on_where_their_grammar_and_their_chance_stood(open_core: OpenCore, codec: Codec):
+    grammar = json_schema_grammar('{"type": "array", "items": {"type": "integer", "maximum": 99}, "minItems": 30}')
+    params = SamplingParams(max_tokens=60, temperature=1.0, frequency_penalty=0.2, repetition_penalty=1.1)
+
+    def answers(**settings: Any) -> tuple[dict[str, list[int]], int]:
+        core = open_core(prefix_cache_bytes=0, **settings)
+        for i in range(6):
+            some = replace(params, seed=i)
+            core.core.add(request(f"r{i}", PROMPT, params=some, grammar=grammar, stop_ids=codec.stop_ids))
+        core.run()
+        assert not core.errors
+        return {f"r{i}": core.tokens(f"r{i}") for i in range(6)}, core.core.stats().preemptions
+
+    roomy, none = answers()
+    tight, some = answers(kv_cache_tokens=160, max_length=128)
+    assert (none, some > 0) == (0, True)
+    assert tight == roomy
+    assert all(codec.decode(tokens).startswith("[") for tokens in tight.values())
