@@ -13,6 +13,7 @@ from torch import nn
 from tuneloom.engine import kernels
 from tuneloom.engine.fused import FusedMLP, FusedNorm, fuse
 from tuneloom.engine.kernels import Kernels
+from tuneloom.engine.kv_cache import DenseCache, KVShape
 from tuneloom.engine.lora import LoraLayers, PackOptions
 
 Check = Callable[[Kernels], None]
@@ -142,7 +143,8 @@ def test_modules_are_replaced_only_where_the_result_is_theirs():
         LoraLayers(body, PackOptions(1, 8, prepack=False, kernels=native, dtype=torch.bfloat16), prefix="")
         x = randn(3, 64)
         expected = body["silu"](x).float()
-        assert fuse(body, native) == 3
+        cache = DenseCache(KVShape(1, 1, 32, torch.bfloat16), 1, 16, torch.device("cpu"))
+        assert fuse(body, native, cache) == 3
         assert isinstance(body["silu"], FusedMLP) and isinstance(body["gelu"], Gated)
         assert isinstance(body["gelu"].norm, FusedNorm) and isinstance(body["gelu"].other, nn.LayerNorm)
         assert_near(body["silu"](x), expected, 1e-2)

@@ -287,6 +287,25 @@ int add_lora(const bf16 *x, i64 x_row, bf16 *y, i64 y_row, i64 inputs, i64 parts
     return failed;
 }
 
+/* Turn the first `heads` heads of each row of x [T, ...] by its angles, in place: cos and sin [T, D], whose halves are
+   alike. D is a multiple of 32. Source: RoFormer, Su et al. 2021, in the order of GPT-NeoX. */
+void rotate(bf16 *x, i64 x_row, const bf16 *cosine, const bf16 *sine, i64 rows, i64 heads, i64 width, int threads) {
+    const i64 half = width / 2;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 8)
+    for (i64 t = 0; t < rows; t++) {
+        for (i64 k = 0; k < half; k += 16) {
+            __m512 c = widen(_mm256_loadu_si256((const __m256i *)(cosine + t * width + k)));
+            __m512 s = widen(_mm256_loadu_si256((const __m256i *)(sine + t * width + k)));
+            for (i64 h = 0; h < heads; h++) {
+                __m256i *low = (__m256i *)(x + t * x_row + h * width + k), *high = (__m256i *)((bf16 *)low + half);
+                __m512 a = widen(_mm256_loadu_si256(low)), b = widen(_mm256_loadu_si256(high));
+                _mm256_storeu_si256(low, narrow(_mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s))));
+                _mm256_storeu_si256(high, narrow(_mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s))));
+            }
+        }
+    }
+}
+
 /* out [T, K] = x / rms(x) * (offset + weight). `rounds`: the quotient is rounded to bf16 before it is weighted. */
 void rms_norm(const bf16 *x, i64 x_row, const bf16 *weight, bf16 *out, i64 rows, i64 width, float eps, float offset,
               int rounds, int threads) {

@@ -33,6 +33,7 @@ _P, _I, _F, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
     "attend": (_C, [*[_P, _I, _I] * 3, _P, _P, _I, _I, _I, _P, _P, *[_I] * 5, _F, _P, _C]),
     "add_lora": (_C, [_P, _I, _P, _I, _I, _I, *[_P] * 5, _I, _I, _C]),
+    "rotate": (None, [_P, _I, _P, _P, _I, _I, _I, _C]),
     "rms_norm": (None, [_P, _I, _P, _P, _I, _I, _F, _F, _C, _C]),
     "silu_mul": (None, [_P, _I, _P, _I, _I, _C]),
     "argmax": (None, [_P, _I, _I, _I, _P, _P, _C]),
@@ -92,6 +93,13 @@ class Kernels:
         )
         if failed:
             raise MemoryError("no memory for the hidden rows of adapters")
+
+    def rotate(self, x_TN: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int) -> None:
+        """Rotary positions for the first `heads` heads of each row, in place; D is a multiple of 32."""
+        self._library.rotate(
+            *(x_TN.data_ptr(), x_TN.stride(0), cos_TD.data_ptr(), sin_TD.data_ptr()),
+            *(x_TN.shape[0], heads, cos_TD.shape[1], torch.get_num_threads()),
+        )
 
     def rms_norm(self, x: Tensor, weight_K: Tensor, *, eps: float, offset: float, rounds: bool) -> Tensor:
         """`x / rms(x) * (offset + weight)` over the last dimension; `rounds`: the quotient becomes bf16 first."""

@@ -59,6 +59,7 @@ class LoraPack:
         self, names: Sequence[str], linears: Sequence[nn.Linear], step: LoraStep, options: PackOptions
     ) -> None:
         self.names = tuple(names)
+        self.parts = tuple(name.rpartition(".")[2] for name in names)
         self.outputs = [linear.out_features for linear in linears]
         self._step = step
         has_quantised = any(map(is_quantised, linears))

@@ -6,13 +6,12 @@ linears find their adapters by the LoRA plan. Nothing here chooses tokens or seq
 
 import logging
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
+from tuneloom.engine.attention import ATTENTION, StepAttention
 from tuneloom.engine.fused import fuse
 from tuneloom.engine.kv_cache import CacheBatch, Chunk, KVCache
 from tuneloom.engine.linear import PackedLinear
@@ -24,47 +23,7 @@ from tuneloom.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-_ATTENTION = "tuneloom"
-# Arguments by which some attentions differ from the plain one that is computed here.
-_FOREIGN_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 _TRIAL_TOKENS = 12
-
-
-@dataclass
-class StepAttention:
-    """What travels with a forward call to each attention layer."""
-
-    cache: KVCache
-    batch: CacheBatch
-    num_calls: int = 0
-    num_windowed: int = 0
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    tuneloom: StepAttention,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **arguments: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of the models; query [1, H, T, D] to [1, T, H, D]."""
-    foreign = [name for name in _FOREIGN_ARGUMENTS if arguments.get(name) is not None]
-    if foreign:
-        raise InvalidRequest(f"its attention uses {', '.join(foreign)}, which the engine's does not")
-    tuneloom.num_calls += 1
-    tuneloom.num_windowed += sliding_window is not None
-    out = tuneloom.cache.attend(
-        module.layer_idx, query[0], key[0], value[0], tuneloom.batch, scaling=scaling, window=sliding_window
-    )
-    return out.unsqueeze(0), None
-
-
-AttentionInterface.register(_ATTENTION, attend)
 
 
 class Runner:
@@ -80,9 +39,9 @@ class Runner:
         self._cache = cache
         ids = torch.arange(_TRIAL_TOKENS, device=loaded.device) * 7 % loaded.vocab_size
         expected = self._model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
-        self._model.set_attn_implementation(_ATTENTION)
+        self._model.set_attn_implementation(ATTENTION)
         self.lora = LoraLayers(loaded.body, options, prefix=loaded.body_name)
-        self.num_fused = fuse(loaded.body, options.kernels) if options.kernels is not None else 0
+        self.num_fused = fuse(loaded.body, options.kernels, cache) if options.kernels is not None else 0
         head = self._model.get_output_embeddings()
         if type(head) is nn.Linear:
             self._model.set_output_embeddings(PackedLinear(head, prepack=options.prepack))
