@@ -9,12 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.engine.conftest import OpenCore, ref_of, request
+from tests.tiny import make_adapter
 from tuneloom.engine import kernels
 from tuneloom.engine.fused import FusedMLP, FusedNorm, fuse
 from tuneloom.engine.kernels import Kernels
 from tuneloom.engine.kv_cache import DenseCache, KVShape
 from tuneloom.engine.lora import LoraLayers, PackOptions
+from tuneloom.generation import SamplingParams
 
 Check = Callable[[Kernels], None]
 
@@ -178,3 +182,37 @@ def test_the_library_is_built_once_for_a_user(monkeypatch: pytest.MonkeyPatch, t
         assert [path.name for path in tmp_path.rglob("*.so")] == [first.name]
 
     on_kernels(check)
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A Llama whose heads are wide enough for the attention kernel, with the tokenizer of the tiny one."""
+    folder = tmp_path_factory.mktemp("wide") / "base"
+    shutil.copytree(tiny_base, folder)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(tiny_base, hidden_size=128, head_dim=32, intermediate_size=96)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_engine_with_kernels_scores_as_one_without(
+    wide_base: Path, open_core: OpenCore, tiny_prompts: list[list[int]], tmp_path: Path
+):
+    """Two adapters and the base in mixed steps; log-probabilities of both engines within what bf16 can tell."""
+    folders = [None, make_adapter(tmp_path / "a", wide_base, rank=6), make_adapter(tmp_path / "b", wide_base, seed=1)]
+    scores = {}
+    for native in (False, True):
+        engine = open_core(base=wide_base, dtype="bf16", native=native, max_step_tokens=40)
+        for i in range(9):
+            adapter = folders[i % 3] and ref_of(folders[i % 3])
+            params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
+            engine.core.add(request(f"r{i}", tiny_prompts[i], params=params, adapter=adapter))
+        engine.run()
+        assert not engine.errors
+        scores[native] = [dict(engine.outputs[f"r{i}"][0].tokens[0].top) for i in range(9)]
+        fused = engine.core.stats().extra["modules_fused"]
+        assert fused == (9 if native and kernels.load() else 0)
+    for plain, native in zip(scores[False], scores[True], strict=True):
+        both = plain.keys() & native.keys()
+        assert len(both) >= 15
+        assert max(abs(plain[token] - native[token]) for token in both) < 0.15
