@@ -11,11 +11,17 @@ from tuneloom.errors import AdapterRejected, ContextLengthExceeded, InvalidReque
 from tuneloom.generation import SamplingParams
 
 
+@pytest.mark.parametrize("form", ["dense", "paged"])
 def test_mixed_requests_over_many_adapters_equal_generate(
-    open_core: OpenCore, tiny_base: Path, tiny_adapters: list[Path], tiny_prompts: list[list[int]], plain_generate
+    open_core: OpenCore,
+    tiny_base: Path,
+    tiny_adapters: list[Path],
+    tiny_prompts: list[list[int]],
+    plain_generate,
+    form: str,
 ):
     """Chunked prefill, joins, leaves, an abort, and two slots for four adapters."""
-    engine = open_core(max_sequences=6, max_step_tokens=24, adapter_slots=2)
+    engine = open_core(kv_cache=form, max_sequences=6, max_step_tokens=24, adapter_slots=2)
     folders = [None, *tiny_adapters]
     counts = [4 + i % 9 for i in range(30)]
     for i, prompt in enumerate(tiny_prompts):

@@ -163,6 +163,13 @@ def test_paged_sequences_share_the_room_of_a_block_and_the_last_one_frees_it():
     assert cache.num_free_tokens == 96
 
 
+def test_one_sequence_can_have_all_of_a_paged_cache():
+    cache = open_cache("paged", 2, 64, num_tokens=50)
+    slot = cache.acquire(1)
+    assert cache.extend(slot, 50) and cache.num_tokens >= 50
+    assert cache.num_free_tokens == 0
+
+
 def test_a_block_of_a_broken_sequence_that_another_uses_is_wiped_when_it_is_free():
     cache = open_cache("paged", 2, 16, num_tokens=32)
     first, second = cache.acquire(16), cache.acquire(16)

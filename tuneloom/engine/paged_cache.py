@@ -22,7 +22,7 @@ _ZERO_BLOCK = 0
 
 
 class PagedCache:
-    """Room for `num_tokens` in blocks, rounded down to whole ones; a prefix that several sequences use is there once.
+    """Room for `num_tokens` in blocks, rounded up to whole ones; a prefix that several sequences use is there once.
 
     What a sequence reserves are blocks of its own, which `attach` and `share` exchange for those of others.
     """
@@ -31,7 +31,7 @@ class PagedCache:
         self, shape: KVShape, num_slots: int, max_length: int, device: torch.device, *, num_tokens: int
     ) -> None:
         self.shape, self.num_slots = shape, num_slots
-        self.pool = BlockPool(num_tokens // BLOCK_TOKENS, first=_ZERO_BLOCK + 1)
+        self.pool = BlockPool(_num_blocks(num_tokens), first=_ZERO_BLOCK + 1)
         size = (_ZERO_BLOCK + 1 + self.pool.num_blocks, BLOCK_TOKENS, shape.num_groups, shape.width)
         self._blocks = lazy_zeros(shape.num_layers, 2, *size, dtype=shape.dtype, device=device)
         self._table_BP = torch.full((num_slots, _num_blocks(max_length)), _ZERO_BLOCK, device=device)
