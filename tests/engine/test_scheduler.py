@@ -72,6 +72,9 @@ class Machine:
         self.reserved[sequence] += more
         return True
 
+    def goes_on(self, sequence: Sequence) -> bool:
+        return True
+
     def take_back(self, sequence: Sequence) -> None:
         del self.reserved[sequence]
         heapq.heappush(self.free, sequence.cache_slot)

@@ -6,6 +6,7 @@
   then to the earliest. A deadline ends a sequence, it does not move it up.
 - One whose adapter is not ready lets others pass. One for which the cache has no room does not: small ones would keep a
   large one waiting for ever.
+- Of prompts that begin alike one goes on; the others wait for the tokens that it computes for all of them.
 - When the cache is full, running ones are preempted: they wait again and are computed anew later, answer included.
 """
 
@@ -52,6 +53,13 @@ class Resources(Protocol):
 
     def extend(self, sequence: Sequence) -> bool:
         """Make room in the cache for all tokens of a running sequence."""
+        ...
+
+    def goes_on(self, sequence: Sequence) -> bool:
+        """Whether to compute the prompt of a running sequence now, or to wait for one that computes the same tokens.
+
+        May shorten what is left of the prompt. True is to be followed by a chunk of it in this step.
+        """
         ...
 
     def take_back(self, sequence: Sequence) -> None:
@@ -183,11 +191,12 @@ class Scheduler:
         """Chunks of prompts: first those of the owner that was served least."""
         chunks: list[tuple[Sequence, int]] = []
         for sequence in sorted((s for s in awake if not s.is_decoding), key=self._rank):
-            count = min(budget, sequence.num_pending)
-            if count <= 0:
+            if budget <= 0:
                 break
-            chunks.append((sequence, count))
-            budget -= count
+            if self.resources.goes_on(sequence):
+                count = min(budget, sequence.num_pending)
+                chunks.append((sequence, count))
+                budget -= count
         return chunks
 
     def _rank(self, sequence: Sequence) -> tuple[float, int, int]:
@@ -296,7 +305,8 @@ class Scheduler:
 
     def _count_waiting(self, sequence: Sequence, change: int) -> None:
         self.num_waiting += change
-        self.waiting_tokens += change * sequence.num_pending
+        # Not what is pending: one that was just admitted may have found some of its tokens computed.
+        self.waiting_tokens += change * sequence.num_tokens
         if change > 0:
             self._turns.entered(sequence.adapter_key)
         else:
