@@ -1,7 +1,7 @@
-"""W against vLLM's CPU build in an environment of its own: eager and compiled, without adapters and with LoRA.
+"""W against vLLM's CPU build in an environment of its own, eager and compiled, without adapters and with LoRA.
 
 `--python` is the interpreter of that environment (see requirements-vllm.txt). Each of its modes runs in a process of
-its own, in turn with ours, on the same prompts and the same number of threads. `--preload` names libraries that vLLM
+its own, in turn with ours, on prompts of the same kind and with as many threads. `--preload` names libraries that vLLM
 recommends (tcmalloc; Intel's OpenMP is found in its environment).
 """
 
@@ -145,18 +145,16 @@ def _pair(
     report: Report,
 ) -> dict[str, list[float]]:
     """Our side and one mode of vLLM's in turn, in answer tokens per second."""
-    asked = prompts(setup.base, work.requests, work.prompt)
     with open_vllm(options, setup, mode, work) as theirs:
         report.notes.append(f"{mode.name}: {theirs.about}")
         chosen = refs if mode.has_lora else []
-        theirs.run(asked, 2, chosen)
-        return interleave(
-            {
-                mode.ours: our_side,
-                mode.name: lambda: work.answered_tokens / theirs.run(asked, work.new, chosen)["elapsed_s"],
-            },
-            setup.repetitions,
-        )
+
+        def their_side(new_tokens: int = work.new) -> float:
+            asked = prompts(setup.base, work.requests, work.prompt)
+            return work.answered_tokens / theirs.run(asked, new_tokens, chosen)["elapsed_s"]
+
+        their_side(2)
+        return interleave({mode.ours: our_side, mode.name: their_side}, setup.repetitions)
 
 
 def _evaluate(report: Report, found: dict[str, dict[str, list[float]]]) -> None:

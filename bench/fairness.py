@@ -62,13 +62,13 @@ def main(arguments: list[str] | None = None) -> Report:
 
 async def _quiet_s(ours: Ours, setup: Setup, work: Work, ref: AdapterRef, count: int) -> float:
     """Mean time of `count` requests of the quiet owner, one after another."""
-    asked = requests(prompts(setup.base, count, work.prompt, seed=5), work.new, [ref], owner="quiet")
+    asked = requests(prompts(setup.base, count, work.prompt), work.new, [ref], owner="quiet")
     return statistics.mean([(await answer(ours.engine, request)).total_s for request in asked])
 
 
 async def _beside_s(ours: Ours, setup: Setup, work: Work, refs: list[AdapterRef], count: int, streams: int) -> float:
     """The same while the noisy owner keeps `streams` requests open."""
-    asked = prompts(setup.base, streams, work.prompt, seed=6)
+    asked = prompts(setup.base, streams, work.prompt)
 
     async def stream(prompt: list[int]) -> None:
         while True:
@@ -106,7 +106,7 @@ async def _index(ours: Ours, setup: Setup, work: Work, refs: list[AdapterRef], r
 
         await answer(ours.engine, request, count)
 
-    asked = prompts(setup.base, 4 * running, work.prompt, seed=7)
+    asked = prompts(setup.base, 4 * running, work.prompt)
     owners = ["large"] * (3 * running) + ["small"] * running
     tasks = [
         asyncio.create_task(one(owner, prompt, refs[owner == "large"]))

@@ -5,7 +5,8 @@ request is resolved when it comes, and must be answered as the version that it w
 
 In bf16 a batch may round a tie between two tokens another way than a single sequence does. Where the version itself
 gives its two best tokens almost the same probability (`--tie`, in nats), either may follow, and the comparison of that
-answer ends there; the number of such answers is told. `--dtype fp32` hardly has any.
+answer ends there; the number of such answers is told. `--dtype fp32` hardly has any. Prompts come again and again, so
+what was computed before them by one version is also seen not to reach another.
 """
 
 import asyncio

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from tuneloom.errors import ModelNotFound
 
 RANK = 16
 _FACTOR_STD = 0.02
+_seeds = itertools.count(1 << 20)
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,10 @@ class _Maker:
         path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": DEFAULT_BASE}))
 
 
-def prompts(base: Path, count: int, length: int, *, seed: int = 0) -> list[list[int]]:
-    """Random token ids, none of them special."""
+def prompts(base: Path, count: int, length: int, *, seed: int | None = None) -> list[list[int]]:
+    """Random token ids, none of them special; without a seed new ones at each call, so that no cache knows them."""
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
-    numbers = random.Random(seed)
+    numbers = random.Random(next(_seeds) if seed is None else seed)
     return [[numbers.randrange(20, vocabulary) for _ in range(length)] for _ in range(count)]
 
 

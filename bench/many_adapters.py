@@ -74,20 +74,24 @@ def main(arguments: list[str] | None = None) -> Report:
 
 
 def _sides(ours: Ours, setup: Setup, work: Work, refs: list[AdapterRef], rounds: int) -> dict[str, Callable[[], float]]:
-    asked = prompts(setup.base, work.requests * rounds, work.prompt)
+    count = work.requests * rounds
     seeds = itertools.count()
 
     def run(chosen: list[AdapterRef]) -> float:
+        asked = prompts(setup.base, count, work.prompt)
         return ours.run(requests(asked, work.new, chosen), at_once=work.requests).tokens_per_s
 
     few = refs[-NUM_ADAPTERS:]
-    return {MANY: lambda: run(zipf(refs, len(asked), next(seeds))), FEW: lambda: run(few)}
+    return {MANY: lambda: run(zipf(refs, count, next(seeds))), FEW: lambda: run(few)}
 
 
 def _lateness_s(ours: Ours, setup: Setup, work: Work, ref: AdapterRef) -> float:
     """How much later the first token comes when only the blob store has the adapter."""
-    asked = prompts(setup.base, 1, work.prompt)
-    cold, warm, again = (ours.run(requests(asked, 2, [ref])).answers[0].first_s for _ in range(3))
+
+    def first_s() -> float:
+        return ours.run(requests(prompts(setup.base, 1, work.prompt), 2, [ref])).answers[0].first_s
+
+    cold, warm, again = first_s(), first_s(), first_s()
     return cold - min(warm, again)
 
 

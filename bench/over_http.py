@@ -1,7 +1,8 @@
 """W over 8 adapters through HTTP on a real local cluster, against the engine alone in this process.
 
 A cluster is brought up in a scratch home on a free port and taken down at the end. Prompts are token ids. Answers may
-end early only at the base's end token, so prompts are chosen whose answers do not have it.
+end early only at the base's end token, so prompts are chosen whose answers do not have it. They are the same in each
+repetition, so neither side keeps prefixes.
 """
 
 import asyncio
@@ -51,7 +52,7 @@ def open_cluster(home: Path, setup: Setup, refs: list[AdapterRef]) -> Iterator[S
         shutil.copytree(setup.base, place)
     else:
         bases.add_folder(home / "bases", setup.base, base.id)
-    engine = {"dtype": setup.dtype, "threads": setup.threads}
+    engine = {"dtype": setup.dtype, "threads": setup.threads, "prefix_cache_bytes": 0}
     config = {"gateway": {"port": 0}, "bases": [{"id": DEFAULT_BASE, "engine": engine}]}
     (home / "config.yaml").write_text(yaml.safe_dump(config))
     try:
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> Report:
     work = Work.of(setup)
     refs = adapters(setup, NUM_ADAPTERS)
     report = Report("over_http", describe(setup.threads), {"base": setup.base.name, "dtype": setup.dtype, "work": work})
-    with scratch(setup) as folder, open_engine(setup) as ours:
+    with scratch(setup) as folder, open_engine(setup, prefix_cache_bytes=0) as ours:
         asked = _endless_prompts(ours, setup, work, refs)
         with open_cluster(Path(folder), setup, refs) as server:
             sides = _sides(ours, server, asked, work, refs)

@@ -40,9 +40,9 @@ class PeftSide:
         )
         return answer[0, len(prompt) :].tolist()
 
-    def seconds(self, prompts: Sequence[Sequence[int]], new_tokens: int, adapters: Sequence[AdapterRef]) -> float:
-        """The time of all prompts, one after another, over the adapters in turn."""
+    def tokens_per_s(self, prompts: Sequence[Sequence[int]], new_tokens: int, adapters: Sequence[AdapterRef]) -> float:
+        """Answer tokens of all prompts, one after another over the adapters in turn, per second."""
         started = time.perf_counter()
         for i, prompt in enumerate(prompts):
             self.answer(prompt, new_tokens, adapters[i % len(adapters)])
-        return time.perf_counter() - started
+        return len(prompts) * new_tokens / (time.perf_counter() - started)

@@ -8,13 +8,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bench import ceilings
 from bench.inputs import Setup, Work, adapters, open_setup, parser, prompts
 from bench.machine import ForeignLoad, describe
 from bench.ours import Ours, open_engine, requests
 from bench.report import Report, interleave
+from tuneloom.domain import AdapterRef
 
 NUM_ADAPTERS = 8
 OURS, OURS_BASE, OURS_LONE = "ours, 8 adapters", "ours, no adapters", "ours, one stream"
@@ -38,13 +38,14 @@ def work_flops(base: Path, work: Work) -> float:
     return work.requests * (2 * body * computed + head + attention)
 
 
-def ours_sides(ours: Ours, setup: Setup, work: Work, refs: list[Any]) -> dict[str, Callable[[], float]]:
+def ours_sides(ours: Ours, setup: Setup, work: Work, refs: list[AdapterRef]) -> dict[str, Callable[[], float]]:
     """Answer tokens per second of W over all adapters and over none."""
-    asked = prompts(setup.base, work.requests, work.prompt)
-    return {
-        OURS: lambda: ours.run(requests(asked, work.new, refs)).tokens_per_s,
-        OURS_BASE: lambda: ours.run(requests(asked, work.new)).tokens_per_s,
-    }
+
+    def run(chosen: list[AdapterRef]) -> float:
+        asked = prompts(setup.base, work.requests, work.prompt)
+        return ours.run(requests(asked, work.new, chosen)).tokens_per_s
+
+    return {OURS: lambda: run(refs), OURS_BASE: lambda: run([])}
 
 
 def main(arguments: list[str] | None = None) -> Report:
@@ -69,17 +70,18 @@ def main(arguments: list[str] | None = None) -> Report:
 
 
 def _sides(
-    ours: Ours, setup: Setup, work: Work, refs: list[Any], num_peft: int, *, has_peft: bool
+    ours: Ours, setup: Setup, work: Work, refs: list[AdapterRef], num_peft: int, *, has_peft: bool
 ) -> dict[str, Callable[[], float]]:
-    asked = prompts(setup.base, work.requests, work.prompt)
-    few = asked[: min(num_peft, work.requests)]
+    def few() -> list[list[int]]:
+        return prompts(setup.base, min(num_peft, work.requests), work.prompt)
+
     sides = ours_sides(ours, setup, work, refs)
-    sides[OURS_LONE] = lambda: ours.run(requests(few, work.new, refs), at_once=1).tokens_per_s
+    sides[OURS_LONE] = lambda: ours.run(requests(few(), work.new, refs), at_once=1).tokens_per_s
     if has_peft:
         from bench.peft_side import PeftSide
 
         peft = PeftSide(setup.base, refs, setup.dtype)
-        sides[PEFT] = lambda: len(few) * work.new / peft.seconds(few, work.new, refs)
+        sides[PEFT] = lambda: peft.tokens_per_s(few(), work.new, refs)
     sides[CEILING] = lambda: ceilings.gemm_gflops(setup.dtype, size=256 if setup.is_quick else 2048)
     return sides
 
