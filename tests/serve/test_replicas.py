@@ -116,6 +116,7 @@ def test_many_calls_inside_one_request_are_all_answered(cluster: Cluster) -> Non
 
 
 def test_no_header_steers_a_request(cluster: Cluster) -> None:
+    ask(cluster, "bot-0")
     before = used(PAIR)
     for header in ("x-session-id", "x_session_id", "serve_multiplexed_model_id", "serve-multiplexed-model-id"):
         for value in ("steered/", "0" * 64):
