@@ -161,7 +161,7 @@ class Checkpoint:
             if single.exists() or not index.exists():
                 return [single]
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidRequest(f"The base in {self.folder.name} has no readable weight index.") from error
         return [self.folder / Path(name).name for name in sorted(names)]
 
