@@ -7,7 +7,8 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ _seeds = itertools.count(1 << 20)
 
 @dataclass(frozen=True)
 class Setup:
-    """One run's options. `data` is a folder for adapters and stores, kept for the next run."""
+    """One run's options. `data` is a folder for adapters and stores, kept for the next run; `now` the clock, in s."""
 
     base: Path
     data: Path
@@ -34,6 +35,7 @@ class Setup:
     is_quick: bool
     dtype: str
     json_path: Path | None
+    now: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ def parser(description: str | None, *, repetitions: int = 5) -> argparse.Argumen
     options.add_argument("--threads", type=int, default=0, help="0: the cores less one, at least one")
     options.add_argument("--reps", type=int, default=repetitions)
     options.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
+    options.add_argument(
+        "--cpu-clock", action="store_true", help="count processor time instead: for a busy machine, with one thread"
+    )
     options.add_argument("--quick", action="store_true", help="tiny sizes: to see that the script works")
     options.add_argument("--json", type=Path, help="also write the result there")
     return options
@@ -76,7 +81,8 @@ def open_setup(options: argparse.Namespace) -> Setup:
     data.mkdir(parents=True, exist_ok=True)
     base = options.base or (random_base(data / "random-base") if options.random else _default_base(home))
     repetitions = 1 if options.quick else options.reps
-    return Setup(base.absolute(), data, threads, repetitions, options.quick, options.dtype, options.json)
+    now = time.process_time if options.cpu_clock else time.perf_counter
+    return Setup(base.absolute(), data, threads, repetitions, options.quick, options.dtype, options.json, now)
 
 
 def random_base(folder: Path) -> Path:

@@ -45,12 +45,13 @@ class Ours:
     def __init__(self, setup: Setup, get_folder: Callable[[AdapterRef], Path], **options: Any) -> None:
         config = EngineConfig(**{"dtype": setup.dtype, "threads": setup.threads, **options})
         self.engine = LocalEngine(setup.base, config, get_folder)
+        self._now = setup.now
         self._runner = asyncio.Runner()
         self._runner.run(self.engine.start())
 
     def run(self, requests: Sequence[SequenceRequest], *, at_once: int | None = None) -> Outcome:
         """Answer all requests, at most `at_once` at a time."""
-        return self._runner.run(answer_all(self.engine, requests, at_once=at_once))
+        return self._runner.run(answer_all(self.engine, requests, at_once=at_once, now=self._now))
 
     def do(self, work: Any) -> Any:
         """Run a coroutine on the engine's loop."""
@@ -94,29 +95,35 @@ def requests(
     ]
 
 
-async def answer_all(engine: LocalEngine, asked: Sequence[SequenceRequest], *, at_once: int | None = None) -> Outcome:
+async def answer_all(
+    engine: LocalEngine, asked: Sequence[SequenceRequest], *, at_once: int | None, now: Callable[[], float]
+) -> Outcome:
     places = asyncio.Semaphore(at_once or max(1, len(asked)))
 
     async def one(request: SequenceRequest) -> Answer:
         async with places:
-            return await answer(engine, request)
+            return await answer(engine, request, now=now)
 
-    started = time.perf_counter()
+    started = now()
     answers = await asyncio.gather(*(one(request) for request in asked))
-    return Outcome(time.perf_counter() - started, list(answers))
+    return Outcome(now() - started, list(answers))
 
 
 async def answer(
-    engine: LocalEngine, request: SequenceRequest, on_tokens: Callable[[int], None] = lambda count: None
+    engine: LocalEngine,
+    request: SequenceRequest,
+    on_tokens: Callable[[int], None] = lambda count: None,
+    *,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Answer:
     """One answer; `on_tokens` hears of each hand-over's number of tokens."""
-    started = time.perf_counter()
+    started = now()
     tokens: list[int] = []
     first_s, cached = 0.0, 0
     async for output in engine.generate(request):
         if output.tokens and not tokens:
-            first_s = time.perf_counter() - started
+            first_s = now() - started
         tokens += [token.token_id for token in output.tokens]
         cached = max(cached, output.cached_tokens)
         on_tokens(len(output.tokens))
-    return Answer(tuple(tokens), first_s, time.perf_counter() - started, cached)
+    return Answer(tuple(tokens), first_s, now() - started, cached)

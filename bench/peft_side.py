@@ -1,22 +1,22 @@
 """The other side of most ratios: transformers and PEFT, one request at a time, `set_adapter` then `generate`."""
 
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from bench.inputs import Setup
 from tuneloom.domain import AdapterRef
 
 
 class PeftSide:
     """A base with all its adapters in memory."""
 
-    def __init__(self, base: Path, adapters: Sequence[AdapterRef], dtype: str) -> None:
-        kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=kind)
+    def __init__(self, setup: Setup, adapters: Sequence[AdapterRef]) -> None:
+        self._now = setup.now
+        kind = torch.bfloat16 if setup.dtype == "bf16" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(setup.base, dtype=kind)
         # Adapters in the base's own type: faster for PEFT than its default, which keeps them in fp32.
         first, *others = adapters
         self._model = PeftModel.from_pretrained(
@@ -42,7 +42,7 @@ class PeftSide:
 
     def tokens_per_s(self, prompts: Sequence[Sequence[int]], new_tokens: int, adapters: Sequence[AdapterRef]) -> float:
         """Answer tokens of all prompts, one after another over the adapters in turn, per second."""
-        started = time.perf_counter()
+        started = self._now()
         for i, prompt in enumerate(prompts):
             self.answer(prompt, new_tokens, adapters[i % len(adapters)])
-        return len(prompts) * new_tokens / (time.perf_counter() - started)
+        return len(prompts) * new_tokens / (self._now() - started)

@@ -56,7 +56,11 @@ def main(arguments: list[str] | None = None) -> Report:
     setup = open_setup(parsed)
     work = Work.of(setup)
     refs = adapters(setup, NUM_ADAPTERS)
-    report = Report("work", describe(setup.threads), {"base": setup.base.name, "dtype": setup.dtype, "work": work})
+    report = Report(
+        "work",
+        describe(setup.threads),
+        {"base": setup.base.name, "dtype": setup.dtype, "work": work, "clock": setup.now.__name__},
+    )
     with open_engine(setup, max_sequences=max(32, work.requests)) as ours:
         sides = _sides(ours, setup, work, refs, parsed.peft_requests, has_peft=not parsed.ours_only)
         for side in sides.values():
@@ -80,9 +84,9 @@ def _sides(
     if has_peft:
         from bench.peft_side import PeftSide
 
-        peft = PeftSide(setup.base, refs, setup.dtype)
+        peft = PeftSide(setup, refs)
         sides[PEFT] = lambda: peft.tokens_per_s(few(), work.new, refs)
-    sides[CEILING] = lambda: ceilings.gemm_gflops(setup.dtype, size=256 if setup.is_quick else 2048)
+    sides[CEILING] = lambda: ceilings.gemm_gflops(setup.dtype, size=256 if setup.is_quick else 2048, now=setup.now)
     return sides
 
 
