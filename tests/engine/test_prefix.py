@@ -1,4 +1,5 @@
 import hashlib
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -402,6 +403,44 @@ def test_answers_over_shared_prefixes_equal_generate(
 
 
 @FORMS
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_leaks_or_stops_when_prompts_share_and_end_at_random_in_a_full_cache(
+    open_core: OpenCore, tiny_base: Path, tiny_adapters: list[Path], plain_generate, form: str, seed: int
+):
+    chance = random.Random(seed)
+    engine = open_core(
+        kv_cache=form,
+        kv_cache_tokens=300,
+        max_step_tokens=40,
+        adapter_slots=1,
+        prefix_cache_bytes=chance.choice([10, 40]) * BLOCK_TOKENS * 512,
+    )
+    asked: dict[str, tuple[list[int], Path | None]] = {}
+    aborted: set[str] = set()
+    for i in range(24):
+        ids = [*SYSTEM[: chance.choice([16, 40, 83])], *(chance.randrange(9, 11) for _ in range(chance.randrange(40)))]
+        folder = chance.choice([None, *tiny_adapters[:2]])
+        asked[f"r{i}"] = ids, folder
+        ref = ref_of(folder) if folder else None
+        engine.core.add(request(f"r{i}", ids, adapter=ref, owner=chance.choice(["ada", "bob"])))
+        for _ in range(chance.randrange(4)):
+            engine.step()
+        if chance.random() < 0.3:
+            gone = chance.choice(list(asked))
+            aborted.add(gone)
+            engine.core.abort(gone)
+    engine.run()
+    assert not engine.errors
+    for id in asked.keys() - aborted:
+        ids, folder = asked[id]
+        assert engine.tokens(id) == plain_generate(tiny_base, ids, 8, folder)
+    core = engine.core
+    assert core.stats().kv_tokens_used == 0
+    assert not core._prefix._claimed and not core._prefix._chains
+    assert core._cache.pool.num_free == core._cache.pool.num_blocks
+
+
+@FORMS
 @pytest.mark.parametrize("kind", ["gemma3_text", "mistral"])
 def test_a_prefix_serves_layers_with_windows(
     open_core: OpenCore, plain_generate, tiny_prompts, tmp_path: Path, kind: str, form: str
@@ -471,6 +510,16 @@ def test_a_prompt_that_is_given_up_half_way_leaves_no_blocks_and_keeps_nobody_wa
     assert engine.core.stats().extra["prefix_cache"]["blocks"] == 0
     engine.run()
     assert engine.outputs.keys() == {"r1", "r2"}
+
+
+def test_kept_prefixes_stay_within_their_bytes(open_core: OpenCore, tiny_prompts):
+    engine = open_core(prefix_cache_bytes=100_000)
+    for i, ids in enumerate(tiny_prompts):
+        engine.core.add(request(f"r{i}", ids))
+    engine.run()
+    stats = engine.core.stats().extra["prefix_cache"]
+    assert 0 < stats["bytes"] <= stats["limit_bytes"] <= 100_000
+    assert stats["evictions"] > 0
 
 
 def test_the_cache_can_be_turned_off(open_core: OpenCore):
