@@ -145,6 +145,71 @@ def test_a_failing_step_ends_its_sequences_and_the_engine_goes_on(
     assert engine.tokens("after") == plain_generate(tiny_base, tiny_prompts[2], 8)
 
 
+def test_a_cache_so_small_that_sequences_are_preempted_changes_no_answer(
+    open_core: OpenCore, tiny_base: Path, tiny_adapters: list[Path], tiny_prompts: list[list[int]], plain_generate
+):
+    engine = open_core(max_sequences=6, max_step_tokens=32, adapter_slots=2, kv_cache_tokens=144, prefix_cache_bytes=0)
+    folders = [None, *tiny_adapters]
+    for i in range(18):
+        folder = folders[i % 5]
+        params = replace(GREEDY, max_tokens=20 + i)
+        adapter = ref_of(folder) if folder else None
+        engine.core.add(request(f"r{i}", tiny_prompts[i], params=params, adapter=adapter, owner="abc"[i % 3]))
+    engine.run()
+    assert not engine.errors
+    stats = engine.core.stats()
+    assert stats.preemptions > 3
+    for i in range(18):
+        assert engine.tokens(f"r{i}") == plain_generate(tiny_base, tiny_prompts[i], 20 + i, folders[i % 5]), i
+    assert (stats.running, stats.waiting, stats.waiting_tokens, stats.kv_tokens_used) == (0, 0, 0, 0)
+    assert all(state.in_use == 0 for state in engine.core.adapters.states())
+
+
+def test_a_preempted_sequence_goes_on_with_its_own_random_numbers(open_core: OpenCore, tiny_prompts: list[list[int]]):
+    params = SamplingParams(max_tokens=40, temperature=1.2, top_p=0.9, frequency_penalty=0.4, seed=11)
+    found = []
+    for tokens in (None, 128):
+        engine = open_core(max_sequences=4, kv_cache_tokens=tokens)
+        for i in range(4):
+            engine.core.add(request(f"r{i}", tiny_prompts[i], params=replace(params, seed=i)))
+        engine.run()
+        found.append([engine.tokens(f"r{i}") for i in range(4)])
+        assert bool(engine.core.stats().preemptions) == (tokens is not None)
+    assert found[0] == found[1]
+
+
+def test_a_prompt_that_the_whole_cache_cannot_hold_is_refused(open_core: OpenCore):
+    engine = open_core(kv_cache_tokens=64)
+    with pytest.raises(ContextLengthExceeded, match="up to 64"):
+        engine.core.check(request("r", [5] * 64))
+
+
+def test_a_request_that_waits_past_its_deadline_is_told_to_come_again(open_core: OpenCore, tiny_prompts):
+    clock = Clock()
+    engine = open_core(clock=clock, max_sequences=1)
+    engine.core.add(request("runs", tiny_prompts[1], params=replace(GREEDY, max_tokens=50)))
+    engine.core.add(request("waits", tiny_prompts[2], deadline_s=5))
+    for _ in range(3):
+        clock.now += 2
+        engine.step()
+    error = engine.errors["waits"]
+    assert isinstance(error, Overloaded) and "not begun" in error.message and error.retry_after_s
+    engine.run()
+    assert len(engine.tokens("runs")) == 50
+
+
+def test_the_numbers_of_an_engine_tell_what_waits_and_what_a_step_does(open_core: OpenCore, tiny_prompts):
+    engine = open_core(max_sequences=2)
+    for i in range(4):
+        engine.core.add(request(f"r{i}", tiny_prompts[i]))
+    stats = engine.core.stats()
+    assert (stats.waiting, stats.waiting_tokens) == (4, sum(len(prompt) for prompt in tiny_prompts[:4]))
+    engine.step()
+    stats = engine.core.stats()
+    assert (stats.running, stats.waiting) == (2, 2)
+    assert stats.step_tokens > 0 and stats.step_ms > 0 and stats.tokens_per_s > 0 and stats.kv_tokens_used > 0
+
+
 def test_an_adapter_that_loads_slowly_holds_up_nobody_else(
     open_core: OpenCore, tiny_adapters: list[Path], tiny_prompts: list[list[int]]
 ):

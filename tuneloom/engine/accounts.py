@@ -33,6 +33,7 @@ class Account:
     running: dict[Sequence, None] = field(default_factory=dict)
     waiting: dict[Sequence, None] = field(default_factory=dict)
     is_listed: bool = False
+    is_ranked: bool = False
     _groups: dict[Need, list[Place]] = field(default_factory=dict)
     _num_places: int = 0
 
@@ -81,7 +82,8 @@ class Accounts:
         self._all: dict[str, Account] = {}
         self._numbers = itertools.count()
         # Counters only grow, so an entry may be too low but never too high; it is corrected when it comes up.
-        self._turns: list[tuple[float, int, Account]] = []
+        # Among equals, those of which nothing runs come first.
+        self._turns: list[tuple[float, bool, int, Account]] = []
         self._actives: list[tuple[float, int, Account]] = []
         self._parked: dict[Account, None] = {}
         self._floor = 0.0
@@ -101,7 +103,9 @@ class Accounts:
         if not account.is_active:
             account.served = max(account.served, self.floor())
             self.num_active += 1
-            heapq.heappush(self._actives, (account.served, next(self._numbers), account))
+            if not account.is_ranked:
+                account.is_ranked = True
+                heapq.heappush(self._actives, (account.served, next(self._numbers), account))
         account.put(sequence)
         self._parked.pop(account, None)
         self.list(account)
@@ -131,6 +135,7 @@ class Accounts:
             served, _, account = self._actives[0]
             if not account.is_active:
                 heapq.heappop(self._actives)
+                account.is_ranked = False
             elif served < account.served:
                 heapq.heapreplace(self._actives, (account.served, next(self._numbers), account))
             else:
@@ -141,14 +146,14 @@ class Accounts:
         """Let a waiting account have its turn."""
         if account.waiting and not account.is_listed:
             account.is_listed = True
-            heapq.heappush(self._turns, (account.served, next(self._numbers), account))
+            self._push(account)
 
     def take(self) -> Account | None:
         """The waiting account with the lowest counter, out of the heap until it is listed or parked."""
         while self._turns:
-            served, _, account = heapq.heappop(self._turns)
+            served, _, _, account = heapq.heappop(self._turns)
             if account.waiting and served < account.served:
-                heapq.heappush(self._turns, (account.served, next(self._numbers), account))
+                self._push(account)
                 continue
             account.is_listed = False
             if account.waiting:
@@ -164,12 +169,14 @@ class Accounts:
         for account in parked:
             self.list(account)
 
+    def _push(self, account: Account) -> None:
+        heapq.heappush(self._turns, (account.served, bool(account.running), next(self._numbers), account))
+
     def _close(self, account: Account) -> None:
         self.num_active -= 1
         self._parked.pop(account, None)
         if not self.num_active:
             self._floor = max(self._floor, account.served)
-            self._actives.clear()
         if account.served <= self.floor():
             self._forget(account)
         if len(self._all) > 2 * self.num_active + _SWEEP_ABOVE:

@@ -29,7 +29,9 @@ class AdapterTurns:
     def begin(self, now: float) -> None:
         """A plan begins."""
         self._plans_without_news += 1
-        self._overdue = {key for key, since in self._starved.items() if now - since >= _STARVATION_S}
+        # With nothing in use there is nothing to give up.
+        starved = self._starved.items() if self._running else ()
+        self._overdue = {key for key, since in starved if now - since >= _STARVATION_S}
         self._draining = {key for key in self._draining if self._running[key]} if self._overdue else set()
         in_use = [key for key in self._running if key not in self._draining]
         wanted = min(len(self._overdue), max(1, len(self._running) // _LARGEST_SHARE)) - len(self._draining)
@@ -57,8 +59,6 @@ class AdapterTurns:
         self._not_ready.add(key)
         if is_loaded:
             self._starved.setdefault(key, now)
-        else:
-            self._starved.pop(key, None)
 
     def entered(self, key: str | None) -> None:
         """A sequence waits."""

@@ -62,11 +62,6 @@ class _Entry:
         return bool(self.num_waiting or self.num_running or self.is_pinned)
 
     @property
-    def is_held(self) -> bool:
-        """Its host copy is the only one, and somebody needs it."""
-        return self.slot is None and self.is_needed
-
-    @property
     def tier(self) -> str:
         if self.slot is not None:
             return "slot"
@@ -88,9 +83,9 @@ class AdapterCache:
     """The adapters of one engine.
 
     `load` reads an adapter into host memory and may block; `write` copies one into a slot; `wake` is called from a
-    loading thread when a load has ended; `slot_bytes` tells what a slot holds on the device. Adapters unused for
-    `idle_s` leave slots and host memory (None: only when room is needed); a failed load is answered from memory for
-    `failure_s`.
+    loading thread when a load has ended; `slot_bytes` tells what a slot holds on the device. With `slots_use_host` a
+    slot works on the copy in host memory, which then stays as long as the slot is taken. Adapters unused for `idle_s`
+    leave slots and host memory (None: only when room is needed); a failed load is answered from memory for `failure_s`.
     """
 
     num_slots: int
@@ -103,6 +98,7 @@ class AdapterCache:
     failure_s: float = 5.0
     idle_s: float | None = None
     slot_bytes: Callable[[], int] = lambda: 0
+    slots_use_host: bool = False
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
@@ -150,6 +146,14 @@ class AdapterCache:
         """Whether it is in a slot at this moment: a sequence that uses it can run without another's leaving."""
         with self._lock:
             return ref.sha256 in self._in_slot
+
+    def is_at_hand(self, ref: AdapterRef) -> bool:
+        """Whether `acquire` would give a slot at this moment."""
+        with self._lock:
+            entry = self._entries[ref.sha256]
+            if entry.slot is not None or entry.host is None:
+                return entry.slot is not None
+            return bool(self._free_slots) or any(not e.num_running and not e.is_pinned for e in self._in_slot.values())
 
     def acquire(self, ref: AdapterRef) -> int | None:
         """The slot of an expected adapter, filled and held until `release`; None while it loads or no slot is free.
@@ -492,10 +496,18 @@ class AdapterCache:
     def _make_room(self) -> None:
         """Drop the least recently used host copies beyond the limit; not those that somebody needs."""
         while self._host_used > self.host_bytes:
-            victim = next((entry for entry in self._in_host.values() if not entry.is_held), None)
-            if victim is None:
+            victim = next((entry for entry in self._in_host.values() if not self._is_held(entry)), None)
+            if victim is not None:
+                self._leave_host(victim)
+                continue
+            idle = next((entry for entry in self._in_slot.values() if not entry.is_needed), None)
+            if idle is None or not self.slots_use_host:
                 return
-            self._leave_host(victim)
+            self._leave_slot(idle)
+
+    def _is_held(self, entry: _Entry) -> bool:
+        """Whether its copy in host memory must stay."""
+        return entry.is_needed if entry.slot is None else self.slots_use_host
 
 
 def _finish(done: "Future[None]", failure: TuneloomError | None) -> None:

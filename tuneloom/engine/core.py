@@ -100,6 +100,7 @@ class EngineCore:
             failure_s=config.adapter_failure_s,
             idle_s=config.adapter_idle_s,
             slot_bytes=lambda: self._runner.lora.slot_bytes,
+            slots_use_host=self._runner.lora.uses_host_copies,
         )
         limits = Limits(
             parts.max_sequences,
@@ -240,9 +241,14 @@ class EngineCore:
 
     def _read(self, ref: AdapterRef) -> HostAdapter:
         lora = self._runner.lora
-        return lora.arrange(
-            read_adapter(self._fetch(ref), lora.shapes, max_rank=self.config.max_rank, dtype=self._parts.dtype)
+        adapter = read_adapter(
+            self._fetch(ref),
+            lora.shapes,
+            max_rank=self.config.max_rank,
+            dtype=self._parts.dtype,
+            pack=not lora.uses_host_copies,
         )
+        return lora.arrange(adapter)
 
     def admit(self, sequence: Sequence) -> Outcome:
         """Give a waiting sequence its slots, for the scheduler. If it fails, its error comes with the step's events."""
@@ -253,6 +259,15 @@ class EngineCore:
         except TuneloomError as error:
             self._refused.append((sequence, error))
             return Outcome.REFUSED
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Whether nothing but room is wanting for a waiting sequence."""
+        try:
+            is_compiled = sequence.sampling.is_ready
+        except TuneloomError:
+            # `admit` refuses it.
+            return True
+        return is_compiled and (sequence.adapter is None or self.adapters.is_at_hand(sequence.adapter))
 
     def extend(self, sequence: Sequence) -> bool:
         assert sequence.cache_slot is not None
@@ -287,8 +302,7 @@ class EngineCore:
         room = min(sequence.num_tokens + _HEADROOM_TOKENS, sequence.most_tokens)
         cache_slot = self._prefix.acquire(sequence.chain, room, sequence.num_tokens)
         if cache_slot is None:
-            is_ready = adapter is None or self.adapters.is_loaded(adapter)
-            return Outcome.NO_ROOM if is_ready else Outcome.LOADING
+            return Outcome.NO_ROOM if self.is_ready(sequence) else Outcome.LOADING
         if adapter is not None:
             adapter_slot = self._acquire_adapter(sequence, adapter, cache_slot)
             if adapter_slot is None:

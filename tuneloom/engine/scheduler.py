@@ -40,6 +40,8 @@ class Outcome(Enum):
     NO_ROOM = "no room"
 
 
+# Sequences that are not ready are passed over up to this many in a plan; the next goes on behind them.
+_MOST_FAILURES = 256
 # Outcomes after which others have their turn.
 _PASSING = (Outcome.COMPILING, Outcome.LOADING, Outcome.NO_SLOT)
 
@@ -49,6 +51,10 @@ class Resources(Protocol):
 
     def admit(self, sequence: Sequence) -> Outcome:
         """Give a waiting sequence a cache and an adapter slot, or change nothing."""
+        ...
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Whether nothing but room is wanting for a waiting sequence."""
         ...
 
     def extend(self, sequence: Sequence) -> bool:
@@ -120,6 +126,8 @@ class Scheduler:
         self._pace = Pace(self.cost)
         self._turns = AdapterTurns()
         self._num_added = 0
+        self._has_news = False
+        self._num_failures = 0
 
     def add(self, sequence: Sequence) -> None:
         self._num_added += 1
@@ -138,8 +146,7 @@ class Scheduler:
 
     def news(self) -> None:
         """Adapters that were not ready may be: one was loaded, or a slot given back."""
-        self._turns.ask_again()
-        self.accounts.unpark()
+        self._has_news = True
 
     def plan(self, now: float) -> Work:
         """The work of the next step; admits waiting sequences, and preempts running ones where the cache is full."""
@@ -219,8 +226,7 @@ class Scheduler:
     def _admit_waiting(self, now: float) -> None:
         """Give places to waiting sequences, as far as the step has tokens for their prompts."""
         self._turns.begin(now)
-        if not self.running or self._turns.is_time_to_ask():
-            self.news()
+        self._begin_round()
         prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
         left = self._prefill_budget(len(self.running) - len(prefilling)) - sum(s.num_pending for s in prefilling)
         most = min((self.accounts.get(s.owner).served for s in prefilling), default=0.0)
@@ -235,12 +241,23 @@ class Scheduler:
                 self.accounts.park(account)
             else:
                 self.accounts.list(account)
-            if outcome is Outcome.NO_ROOM:
+            if outcome is Outcome.NO_ROOM or self._num_failures >= _MOST_FAILURES:
                 return
 
+    def _begin_round(self) -> None:
+        """Give another chance to those that were passed over, on news or after a while.
+
+        A round that was cut short is ended first: news at every step must not keep its last ones from their chance.
+        """
+        is_cut = self._num_failures >= _MOST_FAILURES
+        self._num_failures = 0
+        if not is_cut and (self._has_news or not self.running or self._turns.is_time_to_ask()):
+            self._has_news = False
+            self._turns.ask_again()
+            self.accounts.unpark()
+
     def _admit_one(self, account: Account, now: float) -> Outcome:
-        """Run the first sequence of the account whose adapter is ready."""
-        outcome = Outcome.LOADING
+        """Run the first sequence of the account whose adapter is ready; `LOADING` if there is none."""
         for sequence in account.heads():
             if not self._turns.may_try(sequence.adapter_key):
                 continue
@@ -250,10 +267,13 @@ class Scheduler:
             elif outcome is Outcome.REFUSED:
                 self.remove(sequence)
             if outcome not in _PASSING:
-                break
+                return outcome
+            self._num_failures += 1
             if outcome is not Outcome.COMPILING:
                 self._turns.not_ready(sequence.adapter_key, now, is_loaded=outcome is Outcome.NO_SLOT)
-        return outcome
+            if self._num_failures >= _MOST_FAILURES:
+                return Outcome.NO_ROOM
+        return Outcome.LOADING
 
     def _try(self, sequence: Sequence, account: Account, now: float) -> Outcome:
         """Admit a sequence, if need be in place of one of an owner that holds more than its share."""
@@ -262,6 +282,8 @@ class Scheduler:
             outcome = self.resources.admit(sequence) if has_place else Outcome.NO_ROOM
             victim = None
             if outcome is Outcome.NO_ROOM and not account.running:
+                if not self.resources.is_ready(sequence):
+                    return Outcome.LOADING
                 victim = self._one_to_yield(sequence) if has_place else self._one_to_give_its_place()
             if victim is None:
                 return outcome
