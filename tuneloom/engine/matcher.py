@@ -68,7 +68,7 @@ class Grammars:
 
 
 class Matcher:
-    """Where one answer stands in its grammar."""
+    """Where one answer stands in its grammar. `is_complete`: nothing may follow but a stop id."""
 
     def __init__(
         self, compiled: "Future[LLMatcher]", stop_ids: frozenset[int], vocab_size: int, pool: ThreadPoolExecutor
@@ -77,6 +77,7 @@ class Matcher:
         self._stop_ids, self._vocab_size = stop_ids, vocab_size
         self._matcher: LLMatcher | None = None
         self._mask: Future[NDArray[np.bool_]] | None = None
+        self.is_complete = False
 
     @property
     def is_ready(self) -> bool:
@@ -89,11 +90,6 @@ class Matcher:
             self._matcher = self._compiled.result().deep_copy()
             self._mask = self._pool.submit(self._compute, self._matcher)
         return self._matcher is not None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing may follow but a stop id."""
-        return self._matcher is not None and self._matcher.is_stopped() and not self._matcher.is_error()
 
     def forbidden_V(self) -> NDArray[np.bool_]:
         """The tokens that may not come next. Waits for the mask.
@@ -111,6 +107,8 @@ class Matcher:
         assert self._matcher is not None
         # A failure shows in the next mask.
         self._matcher.consume_token(token_id)
+        # Asked for here only: a matcher must not be touched while its mask is made.
+        self.is_complete = self._matcher.is_stopped() and not self._matcher.is_error()
         if not self.is_complete:
             self._mask = self._pool.submit(self._compute, self._matcher)
 
