@@ -173,3 +173,19 @@ def test_weights_that_are_no_floating_numbers_are_refused(
     save_file({"x": torch.zeros(4, dtype=torch.int64)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterRejected, match="I64"):
         read(tmp_path, shapes)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_unpacked_factors_are_the_same_numbers_rounded_once(
+    tmp_path: Path, tiny_base: Path, shapes: dict[str, tuple[int, int]], kind: torch.dtype
+):
+    make_adapter(tmp_path, tiny_base, rank=3, alpha=5.0)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({name: tensor.to(kind) for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    packed = read(tmp_path, shapes, torch.bfloat16)
+    loose = read_adapter(tmp_path, shapes, max_rank=64, dtype=torch.bfloat16, pack=False)
+    assert (loose.rank, loose.size_bytes) == (packed.rank, packed.size_bytes)
+    for module, (a_RK, b_RN) in packed.factors.items():
+        exact = tensors[f"{PREFIX}{module}.lora_B.weight"].to(kind).float().t() * (5.0 / 3)
+        assert torch.equal(b_RN, exact.to(torch.bfloat16)) and torch.equal(b_RN, loose.factors[module][1])
+        assert torch.equal(a_RK, loose.factors[module][0])

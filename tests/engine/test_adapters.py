@@ -149,6 +149,16 @@ def test_without_host_memory_every_adapter_is_still_served():
     tiers.cache.close()
 
 
+def test_where_slots_use_the_copy_in_host_memory_it_stays_with_the_slot():
+    tiers = Tiers(num_slots=2, host_bytes=SIZE, slots_use_host=True)
+    for name in ("a", "b"):
+        tiers.take(name)
+    assert tiers.cache.host_bytes_used() == 2 * SIZE
+    tiers.cache.release(ref("a"))
+    assert tiers.cache.host_bytes_used() == SIZE and tiers.tiers() == {"b": "slot"}
+    tiers.cache.close()
+
+
 def test_a_failed_load_is_told_to_all_who_wait_and_remembered_for_a_while(tiers: Tiers):
     tiers.failure = AdapterRejected("Rank 128 is above this engine's limit: 64.")
     for _ in range(2):
@@ -336,7 +346,7 @@ OUTCOMES = ("finish", "miss", "break")
 class Usage:
     """An adapter cache whose loads end when and how the test says, beside what its users may rely on."""
 
-    def __init__(self, num_slots: int, host_bytes: int, idle_s: float | None) -> None:
+    def __init__(self, num_slots: int, host_bytes: int, idle_s: float | None, slots_use_host: bool) -> None:
         self.now, self.idle_s = 0.0, idle_s
         self.reading: dict[str, Future[None]] = {}
         self.slots: dict[int, str] = {}
@@ -352,6 +362,7 @@ class Usage:
             lambda: self.now,
             num_loaders=len(SIZES),
             idle_s=idle_s,
+            slots_use_host=slots_use_host,
         )
 
     def ref(self, name: str) -> AdapterRef:
@@ -451,8 +462,10 @@ class Usage:
         assert slot.count == sum(tier == "slot" for tier in tiers.values()) <= self.cache.num_slots
         assert slot.fills - slot.evictions == slot.count
         assert host.fills - host.evictions == host.count
+        assert not self.cache.slots_use_host or host.count >= slot.count
         if host.size_bytes > host.limit_bytes:
-            held = {name for name, tier in tiers.items() if tier == "host" and name in self.needs()}
+            kept = ("host", "slot") if self.cache.slots_use_host else ("host",)
+            held = {name for name, tier in tiers.items() if tier in kept and name in self.needs()}
             assert host.size_bytes == sum(SIZES[name] for name in held)
 
     def loaded(self) -> dict[str, str]:
@@ -484,12 +497,13 @@ class Usage:
     st.integers(1, 3),
     st.integers(0, 6),
     st.sampled_from([None, 5.0]),
+    st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
 def test_in_any_order_of_events_nothing_that_is_needed_is_lost_and_nothing_leaks(
-    events, num_slots: int, host_adapters: int, idle_s: float | None
+    events, num_slots: int, host_adapters: int, idle_s: float | None, slots_use_host: bool
 ):
-    usage = Usage(num_slots, host_adapters * SIZE, idle_s)
+    usage = Usage(num_slots, host_adapters * SIZE, idle_s, slots_use_host)
     for operation, name in events:
         before = usage.loaded()
         usage.do(operation, name)

@@ -62,12 +62,13 @@ class _Place:
 
 
 def read_adapter(
-    folder: Path, shapes: Mapping[str, tuple[int, int]], *, max_rank: int, dtype: torch.dtype, pin_memory: bool = False
+    folder: Path, shapes: Mapping[str, tuple[int, int]], *, max_rank: int, dtype: torch.dtype, pack: bool = True
 ) -> HostAdapter:
     """Read an adapter for a base whose layers have `shapes`: name -> (outputs, inputs).
 
     The file is read at once and converted by few operations on all of it: they run without Python's lock, which the
-    step thread needs. `pin_memory`: into memory that a GPU can copy from by itself.
+    step thread needs. `pack`: into one piece of memory, contiguous; without it the factors are views of what was read,
+    for a caller who copies them anyway.
 
     Raises:
         AdapterRejected: it is no plain LoRA for this base; the message names the reason.
@@ -75,7 +76,8 @@ def read_adapter(
     config = _read_config(folder)
     places, values = _read_tensors(folder)
     pairs = _pair(places, shapes, max_rank)
-    return _convert(config, pairs, values, dtype, pin_memory)
+    adapter = _convert(config, pairs, values, dtype)
+    return _pack(adapter) if pack else adapter
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -163,29 +165,36 @@ def _check_shapes(module: str, a: tuple[int, ...], b: tuple[int, ...], shape: tu
 
 @torch.inference_mode()
 def _convert(
-    config: Mapping[str, Any],
-    pairs: Mapping[str, tuple[_Place, _Place]],
-    values: Tensor,
-    dtype: torch.dtype,
-    pin_memory: bool,
+    config: Mapping[str, Any], pairs: Mapping[str, tuple[_Place, _Place]], values: Tensor, dtype: torch.dtype
 ) -> HostAdapter:
-    """A and B, transposed and scaled, of all modules in one piece of memory."""
-    places = [place for pair in pairs.values() for place in pair]
-    values = values.float()
-    found = [values[place.start : place.start + place.size].view(place.shape) for place in places]
-    room = torch.empty(sum(place.size for place in places), dtype=dtype, pin_memory=pin_memory)
-    parts = room.split([place.size for place in places])
-    a_parts = [part.view(place.shape) for part, place in zip(parts[::2], places[::2], strict=True)]
-    b_parts = [part.view(place.shape[::-1]) for part, place in zip(parts[1::2], places[1::2], strict=True)]
-    scales = [_scale(config, module, a.shape[0]) for module, (a, _) in pairs.items()]
-    scaled = torch._foreach_mul(found[1::2], scales)
-    torch._foreach_copy_(a_parts, found[::2])
-    torch._foreach_copy_(b_parts, [b_NR.t() for b_NR in scaled])
-    return HostAdapter(
-        rank=max(a.shape[0] for a in a_parts),
-        size_bytes=room.nbytes,
-        factors=dict(zip(pairs, zip(a_parts, b_parts, strict=True), strict=True)),
+    """A and B, transposed and scaled, of all modules."""
+    # In its own format a number is scaled as exactly as it can be; from another, rounded once at the end.
+    values = values if values.dtype == dtype else values.float()
+    a_parts, b_parts = (
+        [values[place.start : place.start + place.size].view(place.shape) for place in places]
+        for places in zip(*pairs.values(), strict=True)
     )
+    scales = [_scale(config, module, a_RK.shape[0]) for module, a_RK in zip(pairs, a_parts, strict=True)]
+    scaled = torch._foreach_mul(b_parts, scales)
+    factors = {
+        module: (a_RK.to(dtype), b_NR.to(dtype).t()) for module, a_RK, b_NR in zip(pairs, a_parts, scaled, strict=True)
+    }
+    rank = max(a_RK.shape[0] for a_RK in a_parts)
+    return HostAdapter(rank, sum(a.nbytes + b.nbytes for a, b in factors.values()), factors)
+
+
+@torch.inference_mode()
+def _pack(adapter: HostAdapter) -> HostAdapter:
+    """The same adapter, every factor contiguous, all in one piece of memory."""
+    found = [factor for pair in adapter.factors.values() for factor in pair]
+    room = torch.empty(sum(factor.numel() for factor in found), dtype=found[0].dtype)
+    parts = [
+        part.view(factor.shape)
+        for part, factor in zip(room.split([factor.numel() for factor in found]), found, strict=True)
+    ]
+    torch._foreach_copy_(parts, found)
+    packed = dict(zip(adapter.factors, zip(parts[::2], parts[1::2], strict=True), strict=True))
+    return HostAdapter(adapter.rank, room.nbytes, packed)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -149,6 +149,11 @@ class LoraLayers:
         return sum(pack.slot_bytes for pack in self._packs)
 
     @property
+    def uses_host_copies(self) -> bool:
+        """Whether slots work on what `arrange` has made instead of a copy of it."""
+        return self._options.kernels is not None
+
+    @property
     def num_packs(self) -> int:
         return len(self._packs)
 
