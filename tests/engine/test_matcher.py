@@ -1,6 +1,8 @@
 """Answers that follow a grammar, on a random model that would never write JSON by itself."""
 
 import json
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.engine.conftest import Harness, OpenCore, request
 from tuneloom.engine.grammar import json_object_grammar, json_schema_grammar
+from tuneloom.engine.matcher import Grammars
 from tuneloom.engine.text import Codec
 from tuneloom.errors import InvalidRequest, TuneloomError
 from tuneloom.generation import SamplingParams
@@ -108,7 +111,7 @@ def test_every_answer_of_a_random_model_is_valid(
 
 def test_an_answer_ends_where_its_grammar_ends_and_no_token_later(core: Harness, codec: Codec):
     text, reason = ask(core, codec, json_schema_grammar('{"const": {"a": [true, null]}}'))
-    assert (text, reason) == ('{"a":[true,null]}', "stop")
+    assert (json.loads(text), reason, text[-1]) == ({"a": [True, None]}, "stop", "}")
     assert core.tokens("r")[-1] not in codec.stop_ids
 
 
@@ -131,15 +134,36 @@ def test_the_last_token_allowed_may_complete_the_answer(core: Harness, codec: Co
     grammar = json_schema_grammar('{"const": [1, 2]}')
     ask(core, codec, grammar)
     count = len(core.tokens("r"))
-    assert ask(core, codec, grammar, "again", max_tokens=count) == ("[1,2]", "stop")
+    text, reason = ask(core, codec, grammar, "again", max_tokens=count)
+    assert (json.loads(text), reason) == ([1, 2], "stop")
 
 
-def test_no_whitespace_is_written_between_tokens(core: Harness, codec: Codec):
+def test_whitespace_between_tokens_is_short_however_much_a_model_likes_it(core: Harness, codec: Codec):
     spaces = {codec.encode_text(text)[0]: 50.0 for text in (" ", "\n", "\t")}
-    schema = '{"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": [1]}}, "required": ["a", "b"]}'
-    schema = schema[:-1] + ', "additionalProperties": false}'
-    text, _ = ask(core, codec, json_schema_grammar(schema), logit_bias=spaces)
-    assert text in ('{"a":true,"b":1}', '{"a":false,"b":1}')
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}, "b": {"type": "array", "maxItems": 2, "items": {"enum": [1]}}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    text, reason = ask(core, codec, json_schema_grammar(json.dumps(schema)), logit_bias=spaces)
+    jsonschema.validate(json.loads(text), schema)
+    assert reason == "stop" and re.search(r"\s", text) and not re.search(r" {17}|\n\s*\n|\t| \n", text)
+
+
+@pytest.mark.parametrize("indent", [None, 2, 4])
+def test_json_may_be_laid_out_as_models_are_used_to(tiny_base: Path, indent: int | None):
+    grammars = Grammars(tiny_base, 512)
+    value = {"a": 1, "b": [True, {"c": "d"}]}
+    schema = {"properties": {"a": {"type": "integer"}, "b": {"items": {}}}}
+    matcher = grammars.open(json_schema_grammar(json.dumps(schema)), frozenset({2}))
+    for token in Codec.load(tiny_base).encode_text(json.dumps(value, indent=indent)):
+        while not matcher.is_ready:
+            time.sleep(0.001)
+        assert not matcher.forbidden_V()[token]
+        matcher.advance(token)
+    assert matcher.is_complete
+    grammars.close()
 
 
 def test_any_json_object_is_an_object(core: Harness, codec: Codec):

@@ -1,6 +1,7 @@
 """Grammars that an answer must follow, in llguidance's form: made from JSON schemas and checked. No sampling, no torch.
 
-Whitespace between JSON tokens is not allowed: a weak model would write it without end.
+Between JSON tokens there may be one space, or a new line and its indent. Models answer worse in a form that they are
+not used to, and weak ones write whitespace without end where they may.
 """
 
 import functools
@@ -14,6 +15,7 @@ from tuneloom.engine import grammar_check
 from tuneloom.errors import InvalidRequest, Overloaded
 
 MAX_GRAMMAR_BYTES = 256 * 1024
+_WHITESPACE = r" |\n {0,16}"
 # Longer texts, and those with keywords whose cost is not bounded by their length, are judged by a process of its own.
 _SIMPLE_BYTES = 16 * 1024
 _COSTLY = re.compile(r'"(?:pattern|patternProperties|allOf|oneOf)"')
@@ -69,7 +71,7 @@ def check_grammar(grammar: str, *, param: str = "response_format") -> None:
 
 def _grammar_of(schema: dict[str, object]) -> str:
     # The library's own key would let a caller change our options.
-    options = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
+    options = {"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
     return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": options}}]}, ensure_ascii=False)
 
 
