@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # The first piece goes at once; later ones wait this long for company, since each costs hops between processes: the
 # longer, the more streams there are to send it for, each of which is then the slower, too.
-FLUSH_S, MAX_FLUSH_S = 0.02, 0.1
-STREAMS_PER_FLUSH = 6
+FLUSH_S, MAX_FLUSH_S = 0.02, 0.2
+STREAMS_PER_FLUSH = 4
 # How long an answer may be silent before it counts as begun: from then on failures are events, not statuses.
 ADMIT_S = 10.0
 # Between two tries of a choice whose siblings run while the engine has no room for it.
