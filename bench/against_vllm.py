@@ -56,9 +56,11 @@ class VllmSide:
         self._process = process
         self.about = self._read()
 
-    def run(self, asked: Sequence[Sequence[int]], new_tokens: int, refs: Sequence[AdapterRef]) -> dict[str, Any]:
+    def run(
+        self, asked: Sequence[Sequence[int]], new_tokens: int, refs: Sequence[AdapterRef], clock: str
+    ) -> dict[str, Any]:
         loras = [(ref.sha256[:12], i + 1, ref.uri) for i, ref in enumerate(refs)]
-        work = {"id": str(next(_numbers)), "prompts": asked, "new": new_tokens, "adapters": loras}
+        work = {"id": str(next(_numbers)), "prompts": asked, "new": new_tokens, "adapters": loras, "clock": clock}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(work) + "\n")
         self._process.stdin.flush()
@@ -115,7 +117,11 @@ def main(arguments: list[str] | None = None) -> Report:
     setup = open_setup(parsed)
     work = Work.of(setup)
     refs = adapters(setup, NUM_ADAPTERS)
-    report = Report("against_vllm", describe(setup.threads), {"base": setup.base.name, "dtype": setup.dtype})
+    report = Report(
+        "against_vllm",
+        describe(setup.threads),
+        {"base": setup.base.name, "dtype": setup.dtype, "clock": setup.now.__name__},
+    )
     found: dict[str, dict[str, list[float]]] = {}
     with open_engine(setup) as ours, ForeignLoad() as load:
         sides = ours_sides(ours, setup, work, refs)
@@ -151,7 +157,7 @@ def _pair(
 
         def their_side(new_tokens: int = work.new) -> float:
             asked = prompts(setup.base, work.requests, work.prompt)
-            return work.answered_tokens / theirs.run(asked, new_tokens, chosen)["elapsed_s"]
+            return work.answered_tokens / theirs.run(asked, new_tokens, chosen, setup.now.__name__)["elapsed_s"]
 
         their_side(2)
         return interleave({mode.ours: our_side, mode.name: their_side}, setup.repetitions)

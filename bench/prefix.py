@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> Report:
                 cached.append(found)
             return first_s
 
-        run(plain, is_known=False)
+        for ours in (plain, caching):
+            _first_s(ours, setup, next(seeds), own, own, 4, is_known=False)
         sides = {
             WITHOUT: lambda: run(plain, is_known=False),
             WITH: lambda: run(caching, is_known=True),
