@@ -76,6 +76,18 @@ def test_code_and_pickles_of_a_checkpoint_stay_outside(source: Path, tmp_path: P
     assert {path.suffix for path in added.path.iterdir()} <= {".json", ".jinja", ".safetensors"}
 
 
+def test_a_recurrent_base_and_one_whose_own_code_is_not_needed_come_in(source: Path, tmp_path: Path):
+    config = json.loads((source / "config.json").read_text())
+    auto_map = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "phi3", "auto_map": auto_map}))
+    (source / "modeling_phi3.py").write_text("raise SystemExit")
+    added = bases.add_folder(tmp_path / "bases", source, "phi")
+    assert not (added.path / "modeling_phi3.py").exists()
+    del config["max_position_embeddings"]
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    assert bases.add_folder(tmp_path / "bases", source, "mamba").context_length == 2048
+
+
 def _spoil_json(folder: Path, name: str, **fields: object) -> None:
     data = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps({**data, **fields}))

@@ -17,6 +17,9 @@ from tuneloom.errors import InvalidRequest, PermissionDenied
 
 LOCAL_OWNER = "local"
 
+# The context of a base whose config names none: a recurrent one has no longest position.
+DEFAULT_CONTEXT_LENGTH = 2048
+
 Scope = Literal["inference", "training", "admin"]
 ALL_SCOPES: tuple[Scope, ...] = ("inference", "training", "admin")
 

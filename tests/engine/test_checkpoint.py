@@ -155,3 +155,11 @@ def test_lengths_are_those_for_which_a_token_does_not_depend_on_its_batch(tmp_pa
     checkpoint = Checkpoint.open(base)
     assert checkpoint.max_length(is_batched=True) == 64
     assert checkpoint.max_length(is_batched=False) == COMMON["max_position_embeddings"]
+    assert checkpoint.max_length(32, is_batched=True) == 32 and checkpoint.max_length(100, is_batched=True) == 64
+
+
+def test_a_recurrent_base_has_the_context_that_is_asked_for(tmp_path: Path):
+    recurrent = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+    checkpoint = Checkpoint.open(make_model(tmp_path / "base", "mamba", recurrent))
+    assert checkpoint.max_length(is_batched=False) == 2048
+    assert checkpoint.max_length(9000, is_batched=False) == 9000

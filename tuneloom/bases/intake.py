@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tuneloom.bases.catalogue import MANIFEST, Base, Manifest, get_base, read_base, read_header, read_manifest, slug
 from tuneloom.config import DEFAULT_BASE
-from tuneloom.domain import adapter_sha256
+from tuneloom.domain import DEFAULT_CONTEXT_LENGTH, adapter_sha256
 from tuneloom.errors import Conflict, InvalidRequest, ModelNotFound, Overloaded
 
 Progress = Callable[[str], None]
@@ -46,6 +46,21 @@ TEXT_FILES = {
     "model.safetensors.index.json",
     "LICENSE",
     "README.md",
+}
+# Kinds of bases whose checkpoints often name code of their own although transformers has its own class for them. The
+# code stays outside, so that class serves.
+_NATIVE_KINDS = {
+    "phi",
+    "phi3",
+    "phimoe",
+    "falcon",
+    "deepseek_v2",
+    "deepseek_v3",
+    "mpt",
+    "stablelm",
+    "qwen2",
+    "glm4",
+    "exaone4",
 }
 _PREFIX = ".intake-"
 
@@ -191,7 +206,8 @@ def _describe(folder: Path, base_id: str, source: str, license: str | None) -> M
     config = _read_json(folder, "config.json")
     text = config.get("text_config", config)
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if (folder / name).exists() and "auto_map" in _read_json(folder, name):
+        is_native = name == "config.json" and config.get("model_type") in _NATIVE_KINDS
+        if not is_native and (folder / name).exists() and "auto_map" in _read_json(folder, name):
             raise InvalidRequest(
                 f"`{name}` asks for code of the checkpoint's own (`auto_map`). Such code is never run."
             )
@@ -206,18 +222,15 @@ def _describe(folder: Path, base_id: str, source: str, license: str | None) -> M
         index = _read_json(folder, "model.safetensors.index.json")
         for name in sorted(set(index["weight_map"].values()) - {path.name for path in weights}):
             raise InvalidRequest(f"The checkpoint lacks `{name}`, which its index names.")
-    for field in ("max_position_embeddings", "vocab_size"):
-        if not isinstance(text.get(field), int):
-            raise InvalidRequest(
-                f"`config.json` has no `{field}`: only text models with a fixed context are known here."
-            )
+    if not isinstance(text.get("vocab_size"), int):
+        raise InvalidRequest("`config.json` has no `vocab_size`: only text models are known here.")
     files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     return Manifest(
         id=base_id,
         sha256=adapter_sha256({path.name: files[path.name] for path in weights}),
         files=files,
         size_bytes=sum(path.stat().st_size for path in weights),
-        context_length=text["max_position_embeddings"],
+        context_length=text.get("max_position_embeddings") or DEFAULT_CONTEXT_LENGTH,
         vocab_size=text["vocab_size"],
         license=license,
         source=source,

@@ -98,7 +98,7 @@ class _Site:
     def batched(self) -> Assembly:
         """Raises CannotBatch."""
         config = self._config
-        length = self._length(is_batched=True)
+        length = self._checkpoint.max_length(config.max_length, is_batched=True)
         plan = self._plan(length, config.max_sequences, config.adapter_slots, is_batched=True)
         # A sequence that has the cache for itself must fit.
         length = min(length, plan.kv_cache_tokens)
@@ -137,7 +137,8 @@ class _Site:
 
     def serial(self, reason: str) -> Assembly:
         config = self._config
-        length, slots = self._length(is_batched=False), min(config.adapter_slots, _SERIAL_SLOTS)
+        length = self._checkpoint.max_length(config.max_length, is_batched=False)
+        slots = min(config.adapter_slots, _SERIAL_SLOTS)
         plan = self._plan(length, 1, slots, is_batched=False)
         length = min(length, plan.kv_cache_tokens)
         loaded = self._load()
@@ -175,10 +176,6 @@ class _Site:
 
     def _load(self) -> Any:
         return load_model(self._checkpoint, self._device, self._dtype, quantization=self._config.quantization)
-
-    def _length(self, *, is_batched: bool) -> int:
-        made_for = self._checkpoint.max_length(is_batched=is_batched)
-        return min(self._config.max_length or made_for, made_for)
 
     def _plan(self, length: int, max_sequences: int, slots: int, *, is_batched: bool) -> MemoryPlan:
         config, native = self._config, self._kernels is not None

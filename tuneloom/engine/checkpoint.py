@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tuneloom.domain import DEFAULT_CONTEXT_LENGTH
 from tuneloom.engine.kv_cache import KVShape
 from tuneloom.engine.lora import linear_groups
 from tuneloom.engine.memory import BaseSizes
@@ -26,8 +27,6 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # Fields of a config by which attention differs from the plain one.
 _FOREIGN_ATTENTION = {"attn_logit_softcapping": "caps its attention scores", "kv_lora_rank": "compresses its keys"}
-# Recurrent bases have no longest position; a context must be set for them, or this one holds.
-_DEFAULT_LENGTH = 2048
 _ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _FLOATS = {"F64", "F32", "BF16", "F16"}
 # Bytes of a quantised weight: NF4 keeps half a byte, an eighth-bit scale for each 64 weights and a scale of those
@@ -89,15 +88,15 @@ class Checkpoint:
         for path in self._files():
             yield from _read_header(path)
 
-    def max_length(self, *, is_batched: bool) -> int:
-        """Positions that the base was made for; in a batch, those for which a token does not depend on others."""
+    def max_length(self, wanted: int | None = None, *, is_batched: bool) -> int:
+        """The context: `wanted` if the base was made for it; in a batch, up to where no token depends on others."""
         config = self.text_config
-        length = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+        length = getattr(config, "max_position_embeddings", None) or wanted or DEFAULT_CONTEXT_LENGTH
         rope = config.to_dict().get("rope_parameters") or {}
         for each in [rope, *(value for value in rope.values() if isinstance(value, dict))] if is_batched else ():
             if each.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
                 length = min(length, each.get("original_max_position_embeddings") or length)
-        return length
+        return min(wanted or length, length)
 
     def unbatchable_reason(self) -> str | None:
         """Why this base cannot share steps with others, as far as its config tells. None: a trial decides."""

@@ -93,8 +93,15 @@ class SerialLora:
                 module.register_forward_hook(self._hook(name))
 
     @property
+    def uses_host_copies(self) -> bool:
+        """Whether a slot points to the factors in host memory instead of having its own."""
+        return self._device.type == "cpu"
+
+    @property
     def slot_bytes(self) -> int:
         """What the largest adapter takes."""
+        if self.uses_host_copies:
+            return 0
         return max((sum(a.nbytes + b.nbytes for a, b in slot.values()) for slot in self._slots.values()), default=0)
 
     def arrange(self, adapter: HostAdapter) -> HostAdapter:

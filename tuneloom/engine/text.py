@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tuneloom.domain import DEFAULT_CONTEXT_LENGTH
 from tuneloom.engine.tool_grammar import Tokens
 from tuneloom.engine.tools import CallFormat, ToolUse, find_tool_use
 from tuneloom.engine.vocabulary import Vocabulary
@@ -33,7 +34,7 @@ class Codec:
         self._backend.no_padding()
         self._vocabulary = Vocabulary(self._backend)
         text_config = config.get("text_config", config)
-        self.context_length: int = text_config["max_position_embeddings"]
+        self.context_length: int = text_config.get("max_position_embeddings") or DEFAULT_CONTEXT_LENGTH
         self.vocab_size: int = text_config["vocab_size"]
         self._bos_id = self._default_bos()
         self._tool_use: ToolUse | None = None
