@@ -75,10 +75,6 @@ def test_what_is_no_number_stays_in_its_row():
         arguments = rows[:, :2], rows[:, 2:3], rows[:, 3:], key, value, torch.tensor([0, 1]), torch.tensor([9, 9])
         out = native.attend(*arguments, scaling=0.2, window=None)
         assert out[0].isnan().all() and out[1].isfinite().all()
-        scores = randn(3, 77)
-        scores[1, 50] = float("nan")
-        best, _ = native.argmax(scores)
-        assert best.isnan().tolist() == [False, True, False]
 
     on_kernels(check)
 
@@ -93,10 +89,6 @@ def test_small_kernels_are_torch_rounded_once_or_twice(width: int):
             assert_near(native.rms_norm(x, weight, eps=1e-5, offset=offset, rounds=False), expected)
         both = randn(9, 2 * width, seed=3) * 8
         assert_near(native.silu_mul(both), F.silu(both[:, :width].float()) * both[:, width:].float())
-        ties = randn(5, width, seed=4)
-        ties[:, 7] = ties[:, 21] = 9
-        best, place = native.argmax(ties)
-        assert best.tolist() == [9.0] * 5 and place.tolist() == [7] * 5
 
     on_kernels(check)
 

@@ -187,9 +187,10 @@ def test_without_a_sound_packing_operator_the_plain_product_serves(monkeypatch: 
                 raise RuntimeError("not built with oneDNN")
             return weight
 
-        @staticmethod
-        def _linear_pointwise(x, weight, bias, *rest):
-            return F.linear(x, weight * 1.5, bias)
+        class _linear_pointwise:
+            @staticmethod
+            def default(x, weight, bias, *rest):
+                return F.linear(x, weight * 1.5, bias)
 
     monkeypatch.setattr(torch.ops, "mkldnn", Operators)
     weight = torch.randn(16, 8).bfloat16()

@@ -344,32 +344,3 @@ void silu_mul(const bf16 *x, i64 x_row, bf16 *out, i64 rows, i64 width, int thre
         }
     }
 }
-
-/* For each row of x [T, N] its largest value and the first place of it; a row with a NaN gives NaN. */
-void argmax(const bf16 *x, i64 x_row, i64 rows, i64 width, float *best, i64 *place, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1)
-    for (i64 t = 0; t < rows; t++) {
-        const bf16 *row = x + t * x_row;
-        const __m512 lowest = _mm512_set1_ps(-INFINITY);
-        __m512 most = lowest;
-        __mmask16 is_nan = 0;
-        for (i64 k = 0; k < width; k += 16) {
-            const __mmask16 mask = first16(width - k);
-            __m512 part = _mm512_mask_mov_ps(lowest, mask, widen(_mm256_maskz_loadu_epi16(mask, row + k)));
-            is_nan |= _mm512_cmp_ps_mask(part, part, _CMP_UNORD_Q);
-            most = _mm512_max_ps(most, part);
-        }
-        best[t] = is_nan ? NAN : _mm512_reduce_max_ps(most);
-        place[t] = 0;
-        if (is_nan) continue;
-        const __m512 wanted = _mm512_set1_ps(best[t]);
-        for (i64 k = 0; k < width; k += 16) {
-            const __mmask16 mask = first16(width - k);
-            __mmask16 hits = _mm512_mask_cmp_ps_mask(mask, widen(_mm256_maskz_loadu_epi16(mask, row + k)), wanted, _CMP_EQ_OQ);
-            if (hits) {
-                place[t] = k + __builtin_ctz(hits);
-                break;
-            }
-        }
-    }
-}

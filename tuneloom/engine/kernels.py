@@ -36,7 +36,6 @@ _SIGNATURES = {
     "rotate": (None, [_P, _I, _P, _P, _I, _I, _I, _C]),
     "rms_norm": (None, [_P, _I, _P, _P, _I, _I, _F, _F, _C, _C]),
     "silu_mul": (None, [_P, _I, _P, _I, _I, _C]),
-    "argmax": (None, [_P, _I, _I, _I, _P, _P, _C]),
 }
 
 
@@ -117,17 +116,6 @@ class Kernels:
         out = x_TN.new_empty(count, width)
         self._library.silu_mul(x_TN.data_ptr(), x_TN.stride(0), out.data_ptr(), count, width, torch.get_num_threads())
         return out
-
-    def argmax(self, x_TN: Tensor) -> tuple[Tensor, Tensor]:
-        """Per row the largest value (fp32; NaN if the row has one) and its first place."""
-        count, width = x_TN.shape
-        best = torch.empty(count)
-        place = torch.empty(count, dtype=torch.long)
-        self._library.argmax(
-            *(x_TN.data_ptr(), x_TN.stride(0), count, width, best.data_ptr(), place.data_ptr()),
-            torch.get_num_threads(),
-        )
-        return best, place
 
 
 class SlotRuns:

@@ -39,7 +39,7 @@ class Product:
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x_TK, self._weight, self._bias, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise.default(x_TK, self._weight, self._bias, "none", [], "")
         return F.linear(x_TK, self._weight, self._bias)
 
 
@@ -97,7 +97,7 @@ def _pack(weight: Tensor, bias: Tensor | None) -> Tensor | None:
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
         probe = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=torch.float32).view(2, -1).to(weight.dtype)
-        found = torch.ops.mkldnn._linear_pointwise(probe, packed, bias, "none", [], "").float()
+        found = torch.ops.mkldnn._linear_pointwise.default(probe, packed, bias, "none", [], "").float()
     except (RuntimeError, AttributeError, TypeError) as error:
         logger.warning("weights stay unpacked, the operator failed: %s", error)
         return None
