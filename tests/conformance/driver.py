@@ -29,6 +29,7 @@ from tests.conformance import (
     calls_jobs,
     calls_models,
     calls_service,
+    calls_tools,
 )
 from tests.conformance.session import Session, Unmet, clean_up, open_session
 
@@ -38,6 +39,7 @@ MODULES: dict[str, ModuleType] = {
     "Uploads": calls_files,
     "Fine-tuning jobs": calls_jobs,
     "Chat completions": calls_chat,
+    "Tools and forms": calls_tools,
     "Completions": calls_completions,
     "Errors": calls_errors,
     "Service": calls_service,

@@ -12,6 +12,7 @@ import * as files from './calls_files.mjs';
 import * as jobs from './calls_jobs.mjs';
 import * as models from './calls_models.mjs';
 import * as service from './calls_service.mjs';
+import * as tools from './calls_tools.mjs';
 import { Session, Unmet } from './session.mjs';
 
 const MODULES = {
@@ -19,6 +20,7 @@ const MODULES = {
   Uploads: files,
   'Fine-tuning jobs': jobs,
   'Chat completions': chat,
+  'Tools and forms': tools,
   Completions: completions,
   Errors: errors,
   Service: service,
