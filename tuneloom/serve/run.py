@@ -27,10 +27,10 @@ from tuneloom.serve.forms import Form
 if TYPE_CHECKING:
     from tuneloom.engine.text import Codec
 
-# The first piece goes at once; later ones wait this long for company, since each costs hops between processes: the
-# longer, the more streams there are to send it for, each of which is then the slower, too.
-FLUSH_S, MAX_FLUSH_S = 0.02, 0.2
-STREAMS_PER_FLUSH = 4
+# The first piece goes at once; later ones wait for company, since each costs some two milliseconds of computing on its
+# way through three processes, which the engine lacks on a small machine: so many may go in a second over all streams.
+FLUSH_S, MAX_FLUSH_S = 0.02, 0.25
+PIECES_PER_S = 100
 # How long an answer may be silent before it counts as begun: from then on failures are events, not statuses.
 ADMIT_S = 10.0
 # Between two tries of a choice whose siblings run while the engine has no room for it.
@@ -98,8 +98,8 @@ class Run:
                 self._raise_error()
                 if is_done:
                     break
-                pause_s = FLUSH_S * max(1.0, self._num_streams() / STREAMS_PER_FLUSH)
-                await asyncio.wait({everything}, timeout=min(pause_s, MAX_FLUSH_S))
+                pause_s = min(max(FLUSH_S, self._num_streams() / PIECES_PER_S), MAX_FLUSH_S)
+                await asyncio.wait({everything}, timeout=pause_s)
             yield Finished(Usage(prompt_tokens, self._completion_tokens, sum(self._cached_tokens)))
         finally:
             for task in tasks:
