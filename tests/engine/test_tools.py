@@ -264,6 +264,15 @@ def test_the_format_of_each_family_is_found(tiny_base: Path, tmp_path: Path, nam
     assert (found.begin, found.between is not None) == (begin, has_several)
 
 
+def test_a_template_of_its_own_for_tools_is_asked_for_the_format(tiny_base: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = {"default": FAMILIES["plain"].template, "tool_use": FAMILIES["coder"].template}
+    codec = Codec(tokenizer, json.loads((tiny_base / "config.json").read_text()), {})
+    assert codec.call_format.begin == "<tool_call>\n<function="
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -153,7 +153,7 @@ def find_tool_use(render: Render, template: str, stops: Collection[str]) -> Tool
     shown = _where_shown(render)
     if shown != "text":
         for short_ids in (False, True):
-            if found := _probe_format(render, stops, short_ids=short_ids):
+            if found := _probe_format(render, _TOOLS if shown == "template" else (), stops, short_ids=short_ids):
                 return ToolUse(found, shown, True, short_ids, takes_system)
         if "<|tool_call|>" in template:
             # Granite 3 and Phi 4: the calls of earlier answers are left to whoever writes the message.
@@ -173,13 +173,19 @@ _ARGUMENTS = {
 }
 
 
+_FUNCTION = {
+    "name": "probe",
+    "description": "a",
+    "parameters": {"type": "object", "properties": {"probed": {"type": "string", "description": "a"}}},
+}
+_TOOLS = [{"type": "function", "function": _FUNCTION}]
+
+
 def _where_shown(render: Render) -> Literal["template", "system", "text"]:
-    parameters = {"type": "object", "properties": {_KEY: {"type": "string", "description": "a"}}}
-    function = {"name": _NAMES[0], "description": "a", "parameters": parameters}
-    if _renders(render, [_USER], [{"type": "function", "function": function}], sought=_NAMES[0]):
+    if _renders(render, [_USER], _TOOLS, sought="probe"):
         return "template"
-    system = {"role": "system", "content": "a", "tools": to_json([function])}
-    return "system" if _renders(render, [system, _USER], sought=_NAMES[0]) else "text"
+    system = {"role": "system", "content": "a", "tools": json.dumps([_FUNCTION])}
+    return "system" if _renders(render, [system, _USER], sought="probe") else "text"
 
 
 def _renders(
@@ -191,8 +197,13 @@ def _renders(
         return False
 
 
-def _probe_format(render: Render, stops: Collection[str], *, short_ids: bool) -> CallFormat | None:
-    """The format by which the template writes two calls, or one if it refuses two."""
+def _probe_format(
+    render: Render, tools: Sequence[Mapping[str, Any]], stops: Collection[str], *, short_ids: bool
+) -> CallFormat | None:
+    """The format by which the template writes two calls, or one if it refuses two.
+
+    It is given tools too: some bases have a template of its own for that.
+    """
     ids = ["prb000001", "prb000002"] if short_ids else ["call_prb000001", "call_prb000002"]
     for names in (_NAMES, _NAMES[:1]):
         calls = [
@@ -202,7 +213,7 @@ def _probe_format(render: Render, stops: Collection[str], *, short_ids: bool) ->
         results = [{"role": "tool", "tool_call_id": call["id"], "content": "a"} for call in calls]
         conversation = [_USER, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
         try:
-            start, whole = render([_USER], (), True), render(conversation, (), False)
+            start, whole = render([_USER], tools, True), render(conversation, tools, False)
         except InvalidRequest:
             continue
         # A template may leave out the line break after the role where calls follow.
