@@ -1,6 +1,7 @@
 """The local cluster: found by its mark, stopped whole, brought up again after anything, alone among others."""
 
 import contextlib
+import http.server
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ import yaml
 
 from tuneloom import bases, cluster, config, ports, up
 from tuneloom.cluster import ClusterError, ClusterState
+from tuneloom.config import BaseSettings, Settings
 from tuneloom.serve.guard import PROXY_ENVIRONMENT
 
 BASE = "tiny/llama"
@@ -296,6 +299,55 @@ def home(tiny_base: Path) -> Iterator[Home]:
     finally:
         home.run("down")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def local_server() -> Iterator:
+    """A dashboard and an API in one, which answer each path with what is given for it; the paths that were asked."""
+    asked: list[str] = []
+    answers: dict[str, bytes] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = answers.get(self.path, b"")
+            self.send_response(200 if self.path in answers else 503)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1], answers, asked
+        server.shutdown()
+        thread.join()
+
+
+def test_bringing_up_neither_waits_for_a_base_that_runs_only_while_used_nor_starts_it(local_server, tmp_path: Path):
+    port, answers, asked = local_server
+    bases = (BaseSettings(id="always"), BaseSettings(id="rare", min_replicas=0))
+    settings = Settings(home=tmp_path, bases=bases)
+    state = make_state(tmp_path, port=port, dashboard_port=port)
+    answers["/api/serve/applications/"] = json.dumps({"applications": {"gateway": {"status": "RUNNING"}}}).encode()
+    answers["/v1/chat/completions"] = answers["/healthz"] = b"{}"
+    said: list[str] = []
+
+    up._await_answers(settings, state, "key", said.append, time.monotonic() + 20)
+    assert said == ["always answers"]
+    assert asked.count("/v1/chat/completions") == 1
+
+    only_rare = settings.model_copy(update={"bases": bases[1:]})
+    up._await_answers(only_rare, state, "key", said.append, time.monotonic() + 20)
+    del answers["/healthz"]
+    with pytest.raises(ClusterError, match="No answer in time"):
+        up._await_answers(only_rare, state, "key", said.append, time.monotonic() + 0.5)
+    assert asked.count("/v1/chat/completions") == 1
 
 
 @pytest.mark.cluster
