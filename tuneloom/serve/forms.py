@@ -53,12 +53,20 @@ def form_of(prompt: Prompt, response_format: ResponseFormat | None, codec: "Code
     choice = prompt.tool_choice
     if choice.mode == "none" and text_grammar is not None:
         return Form(text_grammar)
-    tools = () if choice.mode == "none" else _enforceable(prompt.tools, choice)
-    grammar = tool_grammar(
-        codec.call_format, tools or prompt.tools, choice, codec.marks, text_schema=_text_schema(response_format)
-    )
-    check_grammar(grammar, param="tools")
-    return Form(grammar, tools, choice, _shown(codec))
+    tools = prompt.tools
+
+    def grammar() -> str:
+        schema = _text_schema(response_format)
+        return tool_grammar(codec.call_format, tools, choice, codec.marks, text_schema=schema)
+
+    if choice.mode == "none":
+        return Form(grammar())
+    try:
+        check_grammar(grammar(), param="tools")
+    except InvalidRequest:
+        tools = _enforceable(tools, choice)
+        check_grammar(grammar(), param="tools")
+    return Form(grammar(), tools, choice, _shown(codec))
 
 
 def _text_grammar(response_format: ResponseFormat | None) -> str | None:
@@ -76,10 +84,11 @@ def _text_schema(response_format: ResponseFormat | None) -> dict[str, Any] | Non
 
 
 def _enforceable(tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> tuple[Mapping[str, Any], ...]:
-    """The tools that may be called, with schemas that can be enforced."""
+    """The tools, those that may be called with schemas that can be enforced."""
     found = []
     for index, tool in enumerate(tools):
         function = tool["function"]
+        found.append(tool)
         if choice.name not in (None, function["name"]):
             continue
         grammar = json.dumps({"grammars": [{"json_schema": spaced(parameters_schema(function))}]})
@@ -88,8 +97,7 @@ def _enforceable(tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> tupl
         except InvalidRequest:
             if function.get("strict"):
                 raise
-            tool = {**tool, "function": {**function, "parameters": {"type": "object"}}}
-        found.append(tool)
+            found[-1] = {**tool, "function": {**function, "parameters": {"type": "object"}}}
     return tuple(found)
 
 
