@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from tuneloom.domain import AdapterRef
+from tuneloom.engine.adapter_entry import Counters, Entry, copy_of, finish
 from tuneloom.engine.base import AdapterState, TierStats
 from tuneloom.engine.lora import HostAdapter
 from tuneloom.errors import Conflict, Overloaded, TuneloomError
@@ -22,60 +23,7 @@ logger = logging.getLogger(__name__)
 
 # A failure that may pass by itself, such as that of a network, is remembered no longer than this.
 _PASSING_FAILURE_S = 1.0
-
-
-@dataclass
-class Counters:
-    """`slot_*` count requests that began to run, `host_*` requests that came while their adapter had no slot."""
-
-    slot_hits: int = 0
-    slot_fills: int = 0
-    slot_fill_s: float = 0.0
-    slot_evictions: int = 0
-    host_hits: int = 0
-    host_misses: int = 0
-    host_evictions: int = 0
-    loads: int = 0
-    load_failures: int = 0
-    load_s: float = 0.0
-
-
-@dataclass
-class _Entry:
-    ref: AdapterRef
-    host: HostAdapter | None = None
-    slot: int | None = None
-    loading: Future[None] | None = None
-    is_urgent: bool = False
-    failure: TuneloomError | None = None
-    failed_at: float = 0.0
-    num_waiting: int = 0
-    num_running: int = 0
-    is_pinned: bool = False
-    evict_when_free: bool = False
-    last_used_at: float = 0.0
-    # What the totals of the cache hold of this entry.
-    counted: tuple[int, int, int] = (0, 0, 0)
-
-    @property
-    def is_needed(self) -> bool:
-        return bool(self.num_waiting or self.num_running or self.is_pinned)
-
-    @property
-    def tier(self) -> str:
-        if self.slot is not None:
-            return "slot"
-        if self.host is not None:
-            return "host"
-        if self.loading is not None:
-            return "loading"
-        return "none" if self.failure is None else "failed"
-
-    def count(self) -> tuple[int, int, int]:
-        """Bytes in host memory, bytes there that only wait for a slot, bytes on their way."""
-        size = self.host.size_bytes if self.host is not None else 0
-        waiting = size if self.slot is None and self.num_waiting else 0
-        return size, waiting, self.ref.size_bytes if self.loading is not None else 0
+_NOTHING = HostAdapter(0, 0, {})
 
 
 @dataclass
@@ -104,16 +52,18 @@ class AdapterCache:
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
         # All three: least recently used first.
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._in_host: OrderedDict[str, _Entry] = OrderedDict()
-        self._in_slot: OrderedDict[str, _Entry] = OrderedDict()
-        self._failed: OrderedDict[str, _Entry] = OrderedDict()
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._in_host: OrderedDict[str, Entry] = OrderedDict()
+        self._in_slot: OrderedDict[str, Entry] = OrderedDict()
+        self._failed: OrderedDict[str, Entry] = OrderedDict()
         # Loads that wait for room in host memory, first come first.
-        self._deferred: OrderedDict[str, _Entry] = OrderedDict()
+        self._deferred: OrderedDict[str, Entry] = OrderedDict()
         self._num_pinned = 0
         self._host_used = self._host_waiting = self._host_coming = 0
         self._slot_bytes = self.slot_bytes()
         self._free_slots = list(range(self.num_slots, 0, -1))
+        # Free ones that still hold on to a copy in host memory.
+        self._left_slots = set[int]()
         self._pool = ThreadPoolExecutor(self.num_loaders, thread_name_prefix="adapter-load")
         self._is_closed = False
 
@@ -170,13 +120,14 @@ class AdapterCache:
             host = entry.host
             if host is None:
                 if entry.failure is not None:
-                    raise _copy_of(entry.failure)
+                    raise copy_of(entry.failure)
                 self._start_load(entry)
                 return None
             slot = self._take_slot()
             if slot is None:
                 return None
             entry.slot = slot
+            self._left_slots.discard(slot)
             self._in_slot[ref.sha256] = entry
             self._run(entry)
         self._fill(entry, slot, host)
@@ -199,7 +150,7 @@ class AdapterCache:
             if entry.loading is not None:
                 return entry.loading
             done: Future[None] = Future()
-            _finish(done, entry.failure)
+            finish(done, entry.failure)
             return done
 
     def evict(self, sha256: str) -> None:
@@ -236,20 +187,13 @@ class AdapterCache:
             self._start_load(entry)
 
     def expire(self) -> None:
-        """Let adapters go that nobody used for `idle_s`. Cheap; call it often."""
-        if self.idle_s is None:
-            return
+        """Let adapters go that nobody used for `idle_s`. Cheap; the step thread calls it often."""
         with self._lock:
-            oldest = self.clock() - self.idle_s
-            idle = []
-            for entry in self._entries.values():
-                if entry.last_used_at > oldest:
-                    break
-                if not entry.is_needed and entry.loading is None:
-                    idle.append(entry)
-            for entry in idle:
-                entry.evict_when_free = True
-                self._settle(entry)
+            if self.idle_s is not None:
+                self._end_idle(self.clock() - self.idle_s)
+            left, self._left_slots = self._left_slots, set()
+        for slot in left:
+            self.write(slot, _NOTHING)
 
     def states(self) -> list[AdapterState]:
         with self._lock:
@@ -304,31 +248,42 @@ class AdapterCache:
             self._is_closed = True
             for entry in self._entries.values():
                 if entry.loading is not None:
-                    _finish(entry.loading, Overloaded("The engine is closing.", retry_after_s=1))
+                    finish(entry.loading, Overloaded("The engine is closing.", retry_after_s=1))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _entry(self, ref: AdapterRef) -> _Entry:
+    def _end_idle(self, oldest: float) -> None:
+        idle = []
+        for entry in self._entries.values():
+            if entry.last_used_at > oldest:
+                break
+            if not entry.is_needed and entry.loading is None:
+                idle.append(entry)
+        for entry in idle:
+            entry.evict_when_free = True
+            self._settle(entry)
+
+    def _entry(self, ref: AdapterRef) -> Entry:
         entry = self._entries.get(ref.sha256)
         if entry is None:
-            entry = self._entries[ref.sha256] = _Entry(ref)
+            entry = self._entries[ref.sha256] = Entry(ref)
         entry.evict_when_free = False
         self._touch(entry)
         return entry
 
-    def _touch(self, entry: _Entry) -> None:
+    def _touch(self, entry: Entry) -> None:
         entry.last_used_at = self.clock()
         for order in (self._entries, self._in_host, self._in_slot):
             if entry.ref.sha256 in order:
                 order.move_to_end(entry.ref.sha256)
 
-    def _run(self, entry: _Entry) -> None:
+    def _run(self, entry: Entry) -> None:
         """A sequence that waited has its slot."""
         entry.num_waiting -= 1
         entry.num_running += 1
         self._touch(entry)
         self._settle(entry)
 
-    def _fill(self, entry: _Entry, slot: int, host: HostAdapter) -> None:
+    def _fill(self, entry: Entry, slot: int, host: HostAdapter) -> None:
         """Copy outside the lock: only the step thread, which runs this, reads slots, and the entry is in use."""
         started = time.monotonic()
         try:
@@ -344,11 +299,11 @@ class AdapterCache:
             self.counters.slot_fill_s += time.monotonic() - started
             self._slot_bytes = self.slot_bytes()
 
-    def _set_pinned(self, entry: _Entry, is_pinned: bool) -> None:
+    def _set_pinned(self, entry: Entry, is_pinned: bool) -> None:
         self._num_pinned += is_pinned - entry.is_pinned
         entry.is_pinned = is_pinned
 
-    def _recount(self, entry: _Entry) -> None:
+    def _recount(self, entry: Entry) -> None:
         """Bring the totals up to date with an entry that has changed."""
         used, waiting, coming = entry.count()
         old_used, old_waiting, old_coming = entry.counted
@@ -357,7 +312,7 @@ class AdapterCache:
         self._host_coming += coming - old_coming
         entry.counted = (used, waiting, coming)
 
-    def _start_load(self, entry: _Entry, *, is_urgent: bool = False) -> None:
+    def _start_load(self, entry: Entry, *, is_urgent: bool = False) -> None:
         """Begin a load unless it runs or failed a moment ago; later, if it would overfill host memory with adapters
         that wait for slots.
         """
@@ -378,7 +333,7 @@ class AdapterCache:
         self._recount(entry)
         self._pool.submit(self._load, entry, entry.loading)
 
-    def _has_room(self, entry: _Entry) -> bool:
+    def _has_room(self, entry: Entry) -> bool:
         busy = self._host_waiting + self._host_coming
         return not busy or busy + entry.ref.size_bytes <= self.host_bytes
 
@@ -391,7 +346,7 @@ class AdapterCache:
             if entry.is_needed:
                 self._start_load(entry)
 
-    def _load(self, entry: _Entry, done: "Future[None]") -> None:
+    def _load(self, entry: Entry, done: "Future[None]") -> None:
         with self._lock:
             if not (entry.is_needed or entry.is_urgent):
                 # Whoever asked has gone while the load waited for its thread.
@@ -411,10 +366,10 @@ class AdapterCache:
             self.counters.loads += 1
             self.counters.load_s += time.monotonic() - started
             self._end_load(entry, host, failure)
-        _finish(done, failure)
+        finish(done, failure)
         self.wake()
 
-    def _end_load(self, entry: _Entry, host: HostAdapter | None = None, failure: TuneloomError | None = None) -> None:
+    def _end_load(self, entry: Entry, host: HostAdapter | None = None, failure: TuneloomError | None = None) -> None:
         sha256 = entry.ref.sha256
         entry.loading, entry.is_urgent = None, False
         if host is not None and not self._is_closed:
@@ -428,13 +383,13 @@ class AdapterCache:
         self._settle(entry)
         self._forget_failures()
 
-    def _remembers(self, entry: _Entry) -> bool:
+    def _remembers(self, entry: Entry) -> bool:
         assert entry.failure is not None
         is_lasting = entry.failure.status < 500
         memory_s = self.failure_s if is_lasting else min(self.failure_s, _PASSING_FAILURE_S)
         return self.clock() - entry.failed_at < memory_s
 
-    def _forget_failure(self, entry: _Entry) -> None:
+    def _forget_failure(self, entry: Entry) -> None:
         entry.failure = None
         self._failed.pop(entry.ref.sha256, None)
 
@@ -460,22 +415,24 @@ class AdapterCache:
         self._leave_slot(victim)
         return self._free_slots.pop()
 
-    def _leave_slot(self, entry: _Entry) -> None:
+    def _leave_slot(self, entry: Entry) -> None:
         assert entry.slot is not None
         self._free_slots.append(entry.slot)
+        if self.slots_use_host:
+            self._left_slots.add(entry.slot)
         entry.slot = None
         del self._in_slot[entry.ref.sha256]
         self.counters.slot_evictions += 1
         self._settle(entry)
 
-    def _leave_host(self, entry: _Entry) -> None:
+    def _leave_host(self, entry: Entry) -> None:
         entry.host = None
         del self._in_host[entry.ref.sha256]
         self.counters.host_evictions += 1
         self._recount(entry)
         self._drop_if_empty(entry)
 
-    def _settle(self, entry: _Entry) -> None:
+    def _settle(self, entry: Entry) -> None:
         """Carry out what had to wait until nothing needs the entry."""
         self._recount(entry)
         if entry.evict_when_free and not entry.is_needed and entry.loading is None:
@@ -487,7 +444,7 @@ class AdapterCache:
         self._make_room()
         self._start_deferred()
 
-    def _drop_if_empty(self, entry: _Entry) -> None:
+    def _drop_if_empty(self, entry: Entry) -> None:
         is_empty = entry.host is None and entry.slot is None and entry.loading is None and entry.failure is None
         if is_empty and not entry.is_needed:
             self._entries.pop(entry.ref.sha256, None)
@@ -505,23 +462,6 @@ class AdapterCache:
                 return
             self._leave_slot(idle)
 
-    def _is_held(self, entry: _Entry) -> bool:
+    def _is_held(self, entry: Entry) -> bool:
         """Whether its copy in host memory must stay."""
         return entry.is_needed if entry.slot is None else self.slots_use_host
-
-
-def _finish(done: "Future[None]", failure: TuneloomError | None) -> None:
-    """Set the outcome unless closing the cache was first."""
-    if done.done():
-        return
-    if failure is not None:
-        done.set_exception(_copy_of(failure))
-    else:
-        done.set_result(None)
-
-
-def _copy_of(error: TuneloomError) -> TuneloomError:
-    """The same error for another request; one exception object must not be raised twice."""
-    copied = type(error)(error.message, param=error.param, code=error.code, retry_after_s=error.retry_after_s)
-    copied.__cause__ = error
-    return copied
