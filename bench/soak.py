@@ -185,6 +185,7 @@ async def _soak(setup: Setup, count: int) -> tuple[list[float], dict[str, int], 
         max_step_tokens=64,
         adapter_slots=3,
         host_cache_bytes=1 << 20,
+        prefix_cache_bytes=4 << 20,
     )
     engine = LocalEngine(setup.base, config, fetch)
     await engine.start()

@@ -20,6 +20,7 @@ async def test_requests_that_end_in_every_way_leave_nothing_behind(tiny_base, ti
         max_step_tokens=64,
         adapter_slots=2,
         host_cache_bytes=1 << 20,
+        prefix_cache_bytes=4 << 20,
     )
     engine = LocalEngine(tiny_base, config, fetch_local)
     await engine.start()
