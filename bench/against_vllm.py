@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.inputs import Setup, Work, adapters, open_setup, parser, prompts
-from bench.machine import ForeignLoad, describe
+from bench.machine import ForeignLoad, describe, enter_environment
 from bench.ours import Ours, open_engine
 from bench.report import Report, interleave
 from bench.work import NUM_ADAPTERS, OURS, OURS_BASE, ours_sides
@@ -182,4 +182,5 @@ def _evaluate(report: Report, found: dict[str, dict[str, list[float]]]) -> None:
 
 
 if __name__ == "__main__":
+    enter_environment()
     main(sys.argv[1:])

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from bench.inputs import open_setup, parser
-from bench.machine import ForeignLoad, describe
+from bench.machine import ForeignLoad, describe, enter_environment
 from bench.report import Report
 
 _GEMM_SIZE = 2048
@@ -62,4 +62,5 @@ def main(arguments: list[str] | None = None) -> Report:
 
 
 if __name__ == "__main__":
+    enter_environment()
     main(sys.argv[1:])

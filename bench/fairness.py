@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from bench.inputs import Setup, Work, adapters, open_setup, parser, prompts
-from bench.machine import ForeignLoad, describe
+from bench.machine import ForeignLoad, describe, enter_environment
 from bench.ours import Ours, answer, open_engine, requests
 from bench.report import Report, interleave
 from tuneloom.domain import AdapterRef
@@ -133,4 +133,5 @@ async def _end(ours: Ours, tasks: "list[asyncio.Task[None]]") -> None:
 
 
 if __name__ == "__main__":
+    enter_environment()
     main(sys.argv[1:])

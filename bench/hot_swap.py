@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.inputs import Setup, Work, adapters, open_setup, parser, prompts, scratch
-from bench.machine import ForeignLoad, describe
+from bench.machine import ForeignLoad, describe, enter_environment
 from bench.ours import Ours, answer, open_engine, requests
 from bench.report import Report
 from bench.stores import as_base
@@ -184,4 +184,5 @@ def _judge(tally: Tally, found: tuple[int, ...], expected: Expected, tie: float)
 
 
 if __name__ == "__main__":
+    enter_environment()
     main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,15 @@ from types import TracebackType
 
 import psutil
 
+from tuneloom.engine.environment import ENGINE_ENVIRONMENT
+
 PACKAGES = ("torch", "transformers", "peft", "ray", "tuneloom")
+
+
+def enter_environment() -> None:
+    """Start this program anew unless it has the environment of an engine's process; the C library reads it but once."""
+    if any(name not in os.environ for name in ENGINE_ENVIRONMENT):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**ENGINE_ENVIRONMENT, **os.environ})
 
 
 def use_threads(threads: int) -> int:
@@ -20,10 +29,8 @@ def use_threads(threads: int) -> int:
     """
     count = threads or max(1, len(os.sched_getaffinity(0)) - 1)
     os.environ["OMP_NUM_THREADS"] = str(count)
-    # Threads that spin while they wait lose many times their work as soon as a neighbour wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import torch
 
     torch.set_num_threads(count)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.inputs import Setup, Work, open_setup, parser, prompts, scratch
-from bench.machine import ForeignLoad, describe
+from bench.machine import ForeignLoad, describe, enter_environment
 from bench.ours import Ours, open_engine, requests
 from bench.report import Report, interleave
 from bench.stores import register
@@ -96,4 +96,5 @@ def _lateness_s(ours: Ours, setup: Setup, work: Work, ref: AdapterRef) -> float:
 
 
 if __name__ == "__main__":
+    enter_environment()
     main(sys.argv[1:])

@@ -22,7 +22,7 @@ import httpx
 import yaml
 
 from bench.inputs import Setup, Work, adapters, open_setup, parser, prompts, scratch
-from bench.machine import ForeignLoad, describe
+from bench.machine import ForeignLoad, describe, enter_environment
 from bench.ours import Ours, open_engine, requests
 from bench.report import Report, interleave
 from bench.stores import as_base
@@ -176,4 +176,5 @@ def _tuneloom(home: Path, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
+    enter_environment()
     main(sys.argv[1:])

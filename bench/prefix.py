@@ -9,7 +9,7 @@ import statistics
 import sys
 
 from bench.inputs import Setup, adapters, open_setup, parser, prompts
-from bench.machine import ForeignLoad, describe
+from bench.machine import ForeignLoad, describe, enter_environment
 from bench.ours import Ours, open_engine, requests
 from bench.report import Report, interleave
 
@@ -71,4 +71,5 @@ def _first_s(
 
 
 if __name__ == "__main__":
+    enter_environment()
     main(sys.argv[1:])

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from bench.inputs import Setup, adapters, fetch, open_setup, parser
-from bench.machine import ForeignLoad, describe
+from bench.machine import ForeignLoad, describe, enter_environment
 from bench.report import Report
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.base import SequenceRequest
@@ -201,4 +201,5 @@ async def _soak(setup: Setup, count: int) -> tuple[list[float], dict[str, int], 
 
 
 if __name__ == "__main__":
+    enter_environment()
     main(sys.argv[1:])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import ceilings
 from bench.inputs import Setup, Work, adapters, open_setup, parser, prompts
-from bench.machine import ForeignLoad, describe
+from bench.machine import ForeignLoad, describe, enter_environment
 from bench.ours import Ours, open_engine, requests
 from bench.report import Report, interleave
 from tuneloom.domain import AdapterRef
@@ -106,4 +106,5 @@ def _evaluate(report: Report, found: dict[str, list[float]], setup: Setup, work:
 
 
 if __name__ == "__main__":
+    enter_environment()
     main(sys.argv[1:])

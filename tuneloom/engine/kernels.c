@@ -52,7 +52,7 @@ static inline __m512 exponential(__m512 x) {
 }
 
 static inline void prefetch(const bf16 *row, i64 width) {
-    for (i64 d = 0; d < width; d += 32) _mm_prefetch((const char *)(row + d), _MM_HINT_T0);
+    for (i64 d = 0; d < width; d += 32) _mm_prefetch((const char *)(row + d), _MM_HINT_T1);
 }
 
 /* One group of query heads of one row against its `n` cached positions. `scores`: room for heads * round_up(n, 16)
@@ -192,11 +192,11 @@ static void shrink(const bf16 *const x[], i64 count, const bf16 *a, i64 inputs, 
         const bf16 *row[4];
         for (int i = 0; i < 4; i++) row[i] = x[MIN(m + i, count - 1)];
         for (i64 r = 0; r < ranks; r += 4) {
-            fetch(&next);
             __m512 sum[16];
             for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
             for (i64 k = 0; k < inputs; k += 32) {
                 const __mmask32 mask = first32(inputs - k);
+                fetch(&next);
                 __m512i xs[4];
                 for (int i = 0; i < 4; i++) xs[i] = _mm512_maskz_loadu_epi16(mask, row[i] + k);
                 for (int j = 0; j < 4; j++) {
@@ -215,7 +215,6 @@ static void shrink(const bf16 *const x[], i64 count, const bf16 *a, i64 inputs, 
 static void expand(bf16 *const y[], i64 count, const bf16 *b, i64 outputs, i64 ranks, const bf16 *hidden, i64 hidden_row,
                    Ahead next) {
     for (i64 n = 0; n < outputs; n += 64) {
-        fetch(&next);
         __mmask16 mask[4];
         for (int j = 0; j < 4; j++) mask[j] = first16(MAX(0, outputs - n - 16 * j));
         for (i64 m = 0; m < count; m += 4) {
@@ -224,6 +223,7 @@ static void expand(bf16 *const y[], i64 count, const bf16 *b, i64 outputs, i64 r
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < 4; j++) sum[i][j] = _mm512_setzero_ps();
             for (i64 r = 0; r < ranks; r += 2) {
+                fetch(&next);
                 __m512i bs[4];
                 for (int j = 0; j < 4; j++)
                     bs[j] = _mm512_maskz_loadu_epi32(mask[j], b + (r / 2 * outputs + n + 16 * j) * 2);
@@ -276,9 +276,9 @@ int add_lora(const bf16 *x, i64 x_row, bf16 *y, i64 y_row, i64 inputs, i64 parts
                     const Factors *next = p + 1 < parts ? own + p + 1 : factors + slots[MIN(g + 1, runs - 1)] * parts;
                     for (i64 i = 0; i < count; i++) to[i] = y + rows[first + i] * y_row + columns[p];
                     shrink(from, count, own[p].a, inputs, rank, hidden, max_rank,
-                           ahead(own[p].b, rank * width, rank / 4));
+                           ahead(own[p].b, rank * width, rank / 4 * (inputs / 32)));
                     expand(to, count, own[p].b, width, rank, hidden, max_rank,
-                           ahead(next->a, next->rank * inputs, width / 64));
+                           ahead(next->a, next->rank * inputs, width / 64 * (rank / 2)));
                 }
             }
         }

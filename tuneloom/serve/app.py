@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuneloom.bases import slug
 from tuneloom.config import BaseSettings, Settings
+from tuneloom.engine.environment import ENGINE_ENVIRONMENT
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -69,10 +70,7 @@ def _control(settings: Settings) -> dict[str, Any]:
 
 
 def _base(settings: Settings, base: BaseSettings) -> dict[str, Any]:
-    # Threads that spin while they wait take the machine from everything else on it, and from each other. On 2 cores
-    # with busy neighbours, a 135M base in bf16 and 32 answers at once: 2 threads that wait passively 80-120 tokens/s,
-    # one thread 50-120, 2 that spin under 25, with GOMP_SPINCOUNT=20000 too.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = dict(ENGINE_ENVIRONMENT)
     if base.engine.threads:
         environment["OMP_NUM_THREADS"] = str(base.engine.threads)
     deployment = {
