@@ -17,6 +17,7 @@ from tuneloom.engine import kernels
 from tuneloom.engine.fused import FusedMLP, FusedNorm, fuse
 from tuneloom.engine.kernels import Kernels
 from tuneloom.engine.kv_cache import DenseCache, KVShape
+from tuneloom.engine.linear import Product, ProductOptions
 from tuneloom.engine.lora import LoraLayers, PackOptions
 from tuneloom.generation import SamplingParams
 
@@ -93,6 +94,28 @@ def test_small_kernels_are_torch_rounded_once_or_twice(width: int):
     on_kernels(check)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 33])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (576, 100), (30, 7), (130, 145)])
+def test_products_of_any_shape_are_those_of_torch(rows: int, inputs: int, outputs: int):
+    def check(native: Kernels) -> None:
+        x, weight, bias = randn(rows, inputs), randn(outputs, inputs, seed=1), randn(outputs, seed=2)
+        for some_bias in (None, bias):
+            found = native.linear(x, native.pack_linear(weight), some_bias, outputs)
+            expected = x.float() @ weight.float().t() + (0 if some_bias is None else some_bias.float())
+            assert_near(found, expected)
+
+    on_kernels(check)
+
+
+def test_an_odd_number_of_inputs_is_served_otherwise():
+    def check(native: Kernels) -> None:
+        weight, x = randn(16, 33), randn(3, 33)
+        product = Product(weight, None, ProductOptions(prepack=True, kernels=native))
+        assert_near(product(x), x.float() @ weight.float().t(), 1e-2)
+
+    on_kernels(check)
+
+
 def test_threads_change_nothing():
     def check(native: Kernels) -> None:
         results = []
@@ -103,8 +126,9 @@ def test_threads_change_nothing():
             parts = rows.split([4, 2, 2], 1)
             results.append(native.attend(*parts, key, value, *places, scaling=0.2, window=None))
             results.append(native.rms_norm(rows.view(8, -1), randn(256), eps=1e-5, offset=0.0, rounds=True))
+            results.append(native.linear(rows.view(8, -1), native.pack_linear(randn(200, 256)), None, 200))
         torch.set_num_threads(1)
-        assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+        assert all(map(torch.equal, results[:3], results[3:]))
 
     on_kernels(check)
 
@@ -136,7 +160,7 @@ class Gated(nn.Module):
 def test_modules_are_replaced_only_where_the_result_is_theirs():
     def check(native: Kernels) -> None:
         body = nn.ModuleDict({"silu": Gated(F.silu), "gelu": Gated(F.gelu)})
-        LoraLayers(body, PackOptions(1, 8, prepack=False, kernels=native, dtype=torch.bfloat16), prefix="")
+        LoraLayers(body, PackOptions(1, 8, ProductOptions(prepack=True, kernels=native), torch.bfloat16), prefix="")
         x = randn(3, 64)
         expected = body["silu"](x).float()
         cache = DenseCache(KVShape(1, 1, 32, torch.bfloat16), 1, 16, torch.device("cpu"))

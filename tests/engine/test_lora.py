@@ -10,11 +10,12 @@ from torch import nn
 
 from tests.engine.conftest import GREEDY, OpenCore, ref_of, request
 from tests.tiny import make_adapter
-from tuneloom.engine import kernels, linear
+from tuneloom.engine import kernels
 from tuneloom.engine.adapter_files import read_adapter
 from tuneloom.engine.kernels import Kernels
-from tuneloom.engine.linear import Product, lazy_zeros
+from tuneloom.engine.linear import Product, ProductOptions
 from tuneloom.engine.lora import HostAdapter, LoraLayers, PackOptions
+from tuneloom.engine.pages import lazy_zeros
 from tuneloom.errors import AdapterRejected
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ class Way:
     native: Kernels | None
 
     def options(self, num_slots: int) -> PackOptions:
-        return PackOptions(num_slots, max_rank=32, prepack=False, kernels=self.native, dtype=self.dtype)
+        return PackOptions(num_slots, 32, ProductOptions(prepack=True, kernels=self.native), self.dtype)
 
     def assert_close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
         tolerance = 1e-4 if self.dtype == torch.float32 else 0.06
@@ -169,13 +170,14 @@ def test_adapters_of_another_base_are_refused(tiny_adapters: list[Path]):
         read_adapter(tiny_adapters[0], dict.fromkeys(names, (64, 99)), max_rank=64, dtype=torch.float32)
 
 
-def test_packed_weights_give_the_plain_product_and_replace_it():
+@pytest.mark.parametrize("native", [None, kernels.load()])
+def test_packed_weights_give_the_plain_product(native: Kernels | None):
+    options = ProductOptions(prepack=True, kernels=native)
     weight, bias = torch.randn(64, 32).bfloat16(), torch.randn(64).bfloat16()
-    product = Product(weight, bias, prepack=True)
     x = torch.randn(5, 32).bfloat16()
-    torch.testing.assert_close(product(x), F.linear(x, weight, bias), atol=0.1, rtol=0.05)
-    assert product.is_packed == (linear._pack(weight, bias) is not None)
-    assert not Product(weight.float(), None, prepack=True).is_packed
+    torch.testing.assert_close(Product(weight, bias, options)(x), F.linear(x, weight, bias), atol=0.1, rtol=0.05)
+    assert not Product(weight.float(), None, options).is_packed
+    assert not Product(weight, None, ProductOptions(prepack=False, kernels=native)).is_packed
 
 
 @pytest.mark.parametrize("fault", ["raises", "differs"])
@@ -194,7 +196,7 @@ def test_without_a_sound_packing_operator_the_plain_product_serves(monkeypatch: 
 
     monkeypatch.setattr(torch.ops, "mkldnn", Operators)
     weight = torch.randn(16, 8).bfloat16()
-    product = Product(weight, None, prepack=True)
+    product = Product(weight, None, ProductOptions(prepack=True, kernels=None))
     assert not product.is_packed
     x = torch.randn(3, 8).bfloat16()
     torch.testing.assert_close(product(x), F.linear(x, weight))

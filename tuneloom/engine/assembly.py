@@ -16,6 +16,7 @@ from tuneloom.engine import kernels
 from tuneloom.engine.blocks import BLOCK_TOKENS
 from tuneloom.engine.checkpoint import Checkpoint
 from tuneloom.engine.kv_cache import DenseCache, KVCache, KVShape
+from tuneloom.engine.linear import ProductOptions
 from tuneloom.engine.loader import load_model, pick_device, pick_dtype
 from tuneloom.engine.lora import PackOptions
 from tuneloom.engine.memory import Demand, MemoryPlan, measure_room, plan_memory
@@ -108,9 +109,8 @@ class _Site:
         options = PackOptions(
             config.adapter_slots,
             config.max_rank,
-            prepack=config.native,
-            kernels=self._kernels,
-            dtype=self._dtype,
+            ProductOptions(prepack=config.native, kernels=self._kernels),
+            self._dtype,
         )
         try:
             runner = Runner(loaded, cache, options)

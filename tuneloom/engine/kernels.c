@@ -169,6 +169,73 @@ int attend(const bf16 *q, i64 q_row, i64 q_head, const bf16 *k, i64 k_row, i64 k
     return failed;
 }
 
+/* Columns of a packed weight that one pass computes: three registers. */
+#define BLOCK 48
+
+/* `rows` rows of y, up to 8, and `columns` of its columns, up to BLOCK. `next` is memory that is needed after this: `lines`
+   of its cache lines are fetched for each pair of inputs. */
+static inline __attribute__((always_inline)) void multiply(const int rows, const int lines, const bf16 *x, i64 x_row,
+                                                           const bf16 *weight, const bf16 *bias, bf16 *y, i64 y_row,
+                                                           i64 pairs, i64 columns, const char *next) {
+    __m512 sum[8][3];
+    __mmask16 mask[3];
+    for (int j = 0; j < 3; j++) {
+        mask[j] = first16(MAX(0, columns - 16 * j));
+        __m512 start = bias ? widen(_mm256_maskz_loadu_epi16(mask[j], bias + 16 * j)) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) sum[i][j] = start;
+    }
+    for (i64 k = 0; k < pairs; k++) {
+        const bf16 *at = weight + k * 2 * BLOCK;
+        const __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + 32), c = _mm512_loadu_si512(at + 64);
+        for (int line = 0; line < lines; line++) _mm_prefetch(next + (k * lines + line) * 64, _MM_HINT_T1);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            int pair;
+            memcpy(&pair, x + i * x_row + 2 * k, 4);
+            const __m512i both = _mm512_set1_epi32(pair);
+            sum[i][0] = dot(sum[i][0], a, both);
+            sum[i][1] = dot(sum[i][1], b, both);
+            sum[i][2] = dot(sum[i][2], c, both);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 3; j++)
+            _mm256_mask_storeu_epi16(y + i * y_row + 16 * j, mask[j], narrow(sum[i][j]));
+}
+
+/* y [T, N] = x [T, K] W^T + bias, K even. `weight` [blocks, K / 2, BLOCK, 2]: BLOCK outputs each, the last filled up with
+   zeros. While a block is multiplied with the rows, eight at a time, the next is fetched: its three lines for each pair
+   of inputs are shared out among the passes. */
+void linear(const bf16 *x, i64 x_row, const bf16 *weight, const bf16 *bias, bf16 *y, i64 rows, i64 inputs, i64 outputs,
+            int threads) {
+    const i64 pairs = inputs / 2, blocks = (outputs + BLOCK - 1) / BLOCK, passes = (rows + 7) / 8;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (i64 n = 0; n < blocks; n++) {
+        const bf16 *part = weight + n * pairs * 2 * BLOCK, *some_bias = bias ? bias + n * BLOCK : NULL;
+        const i64 columns = MIN(BLOCK, outputs - n * BLOCK);
+        const int lines = passes == 1 ? 3 : passes == 2 ? 2 : 1;
+        for (i64 pass = 0; pass < passes; pass++) {
+            const bf16 *from = x + 8 * pass * x_row;
+            bf16 *to = y + 8 * pass * outputs + n * BLOCK;
+            const char *next = (const char *)(part + pairs * 2 * BLOCK) + pass * lines * pairs * 64;
+            const int some_lines = pass < 3 ? lines : 0;
+#define WITH_LINES(R, L) multiply(R, L, from, x_row, part, some_bias, to, outputs, pairs, columns, next)
+#define WITH_ROWS(R)                                                                   \
+    case R:                                                                            \
+        if (some_lines == 0) WITH_LINES(R, 0);                                         \
+        else if (some_lines == 1) WITH_LINES(R, 1);                                    \
+        else if (some_lines == 2) WITH_LINES(R, 2);                                    \
+        else WITH_LINES(R, 3);                                                         \
+        break;
+            switch (MIN(8, rows - 8 * pass)) {
+                WITH_ROWS(1) WITH_ROWS(2) WITH_ROWS(3) WITH_ROWS(4) WITH_ROWS(5) WITH_ROWS(6) WITH_ROWS(7) WITH_ROWS(8)
+            }
+        }
+    }
+}
+
 /* Memory that will be read soon. Factors of many adapters are larger than the caches, and their reads would stall. */
 typedef struct {
     const char *at, *end;

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tuneloom.engine.pages import Arena
+
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.c")
@@ -27,12 +29,15 @@ _FLAGS = (
     *("-O3", "-std=c11", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
+# As in the source.
+_BLOCK = 48
 _BUILD_TIMEOUT_S = 60.0
 
 _P, _I, _F, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
     "attend": (_C, [*[_P, _I, _I] * 3, _P, _P, _I, _I, _I, _P, _P, *[_I] * 5, _F, _P, _C]),
     "add_lora": (_C, [_P, _I, _P, _I, _I, _I, *[_P] * 5, _I, _I, _C]),
+    "linear": (None, [_P, _I, _P, _P, _P, _I, _I, _I, _C]),
     "rotate": (None, [_P, _I, _P, _P, _I, _I, _I, _C]),
     "rms_norm": (None, [_P, _I, _P, _P, _I, _I, _F, _F, _C, _C]),
     "silu_mul": (None, [_P, _I, _P, _I, _I, _C]),
@@ -47,6 +52,7 @@ class Kernels:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         self._library = library
+        self._arena = Arena()
 
     def attend(
         self,
@@ -79,6 +85,30 @@ class Kernels:
         if failed:
             raise MemoryError("no memory for the scores of attention")
         return out
+
+    def pack_linear(self, weight_NK: Tensor) -> Tensor:
+        """A weight as `linear` reads it; K is even."""
+        outputs, inputs = weight_NK.shape
+        blocks = -(-outputs // _BLOCK)
+        packed = self._arena.take(blocks * _BLOCK * inputs, torch.bfloat16).view(blocks, inputs // 2, _BLOCK, 2)
+        whole = outputs // _BLOCK
+        packed[:whole] = weight_NK[: whole * _BLOCK].view(whole, _BLOCK, inputs // 2, 2).transpose(1, 2)
+        if whole < blocks:
+            packed[whole].zero_()
+            packed[whole, :, : outputs - whole * _BLOCK] = (
+                weight_NK[whole * _BLOCK :].view(-1, inputs // 2, 2).transpose(0, 1)
+            )
+        return packed
+
+    def linear(self, x_TK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
+        """(T, N): `x W^T + b` with a packed weight."""
+        count, inputs = x_TK.shape
+        y_TN = x_TK.new_empty(count, num_outputs)
+        self._library.linear(
+            *(x_TK.data_ptr(), x_TK.stride(0), packed.data_ptr(), None if bias_N is None else bias_N.data_ptr()),
+            *(y_TN.data_ptr(), count, inputs, num_outputs, torch.get_num_threads()),
+        )
+        return y_TN
 
     def add_lora(
         self, x_TK: Tensor, y_TN: Tensor, columns: Tensor, factors: Tensor, runs: "SlotRuns", max_rank: int

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tuneloom.engine.blocks import BLOCK_TOKENS, BlockPool
 from tuneloom.engine.kernels import Kernels
-from tuneloom.engine.linear import lazy_zeros
+from tuneloom.engine.pages import lazy_zeros
 from tuneloom.errors import InvalidRequest
 
 # Length of the decode view is rounded up, so that its shape, and what the allocator keeps for it, changes rarely.

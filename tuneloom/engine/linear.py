@@ -1,111 +1,114 @@
-"""Base linear layers and memory for tensors: the plain product, packed for the machine where that is faster.
+"""Base linear layers: the plain product, packed for the machine where that is faster.
 
 Shapes: T tokens · K inputs · N outputs
 """
 
-import contextlib
+import functools
 import logging
-import math
-import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tuneloom.engine.kernels import Kernels
+
 logger = logging.getLogger(__name__)
 
-_HUGE_PAGE = 2 << 20
 # Rows that oneDNN lays the weight out for; the layout serves any number of rows.
 _PACKED_FOR_ROWS = 32
 _PACKED_TOLERANCE = 2e-2
-# Of Linux; Python's `mmap` module names it from 3.13 on.
-_MAP_NORESERVE = 0x4000
+
+
+@dataclass(frozen=True)
+class ProductOptions:
+    """How weights are laid out: `prepack` for the CPU's matrix units, by our own kernels if there are `kernels`."""
+
+    prepack: bool
+    kernels: Kernels | None
+
+
+Multiply = Callable[[Tensor], Tensor]
 
 
 class Product:
     """`x W^T + b` for a weight that never changes.
 
-    On a CPU, bf16 weights are reordered once for oneDNN, which is 1.5 to 2 times as fast at up to eight rows. The
-    operators are private to torch, so the result is compared with `F.linear` first; where they are missing or
-    differ, the plain product serves. A packed weight replaces the plain one.
+    On a CPU, bf16 weights are reordered once: for our kernels, or else for oneDNN by operators that are private to
+    torch. Both are faster than the plain product, most at few rows. The result is compared with `F.linear` first;
+    where a form is missing or differs, the next one serves. A packed weight replaces the plain one.
     """
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, *, prepack: bool) -> None:
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, options: ProductOptions) -> None:
         self.num_outputs, self.num_inputs = weight_NK.shape
-        self._bias = bias_N
-        packed = _pack(weight_NK, bias_N) if prepack else None
+        packed = _pack(weight_NK, bias_N, options)
         self.is_packed = packed is not None
-        self._weight = weight_NK if packed is None else packed
+        self._multiply = packed or functools.partial(F.linear, weight=weight_NK, bias=bias_N)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise.default(x_TK, self._weight, self._bias, "none", [], "")
-        return F.linear(x_TK, self._weight, self._bias)
+        return self._multiply(x_TK)
 
 
 class PackedLinear(nn.Module):
     """Stands in for an `nn.Linear` that no adapter touches, such as the head."""
 
-    def __init__(self, linear: nn.Linear, *, prepack: bool) -> None:
+    def __init__(self, linear: nn.Linear, options: ProductOptions) -> None:
         super().__init__()
-        self.product = Product(linear.weight.detach(), _detached(linear.bias), prepack=prepack)
+        self.product = Product(linear.weight.detach(), _detached(linear.bias), options)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.product.num_inputs)
         return self.product(rows).view(*x.shape[:-1], self.product.num_outputs)
 
 
-def stack(linears: list[nn.Linear], *, prepack: bool) -> Product:
+def stack(linears: list[nn.Linear], options: ProductOptions) -> Product:
     """One product that gives the outputs of several layers of the same input, side by side."""
     weight = (
         torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
     )
     biases = [_detached(linear.bias) for linear in linears]
     if all(bias is None for bias in biases):
-        return Product(weight, None, prepack=prepack)
+        return Product(weight, None, options)
     rows = [
         weight.new_zeros(linear.out_features) if bias is None else bias
         for linear, bias in zip(linears, biases, strict=True)
     ]
-    return Product(weight, torch.cat(rows), prepack=prepack)
+    return Product(weight, torch.cat(rows), options)
 
 
-def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that cost no memory until they are written: on a CPU the pages come from the kernel on first touch."""
-    if device.type != "cpu":
-        return torch.zeros(*shape, dtype=dtype, device=device)
-    # Straight from the kernel: the C allocator hands out recycled memory, and writes zeros over it.
-    # Not reserved: the kernel refuses a single mapping above all of the memory, even if little of it gets used.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-    return torch.frombuffer(pages, dtype=dtype).view(*shape)
-
-
-def huge_pages(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory of the CPU for `count` numbers that will all be written: in large pages, which are found faster."""
-    size = (count * dtype.itemsize // _HUGE_PAGE + 1) * _HUGE_PAGE
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype)[:count]
-
-
-def _pack(weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+def _pack(weight: Tensor, bias: Tensor | None, options: ProductOptions) -> Multiply | None:
+    """The first packed form that gives the plain product."""
+    if not options.prepack or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return None
+    probe = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=torch.float32).view(2, -1).to(weight.dtype)
+    expected = F.linear(probe, weight, bias).float()
+    for form in (_for_kernels, _for_onednn):
+        multiply = form(weight, bias, options)
+        if multiply is None:
+            continue
+        if (multiply(probe).float() - expected).norm() <= _PACKED_TOLERANCE * expected.norm():
+            return multiply
+        logger.warning("a packed product differs from the plain one and is not used: %s", form.__name__)
+    return None
+
+
+def _for_kernels(weight: Tensor, bias: Tensor | None, options: ProductOptions) -> Multiply | None:
+    native = options.kernels
+    if native is None or weight.shape[1] % 2:
+        return None
+    return functools.partial(native.linear, packed=native.pack_linear(weight), bias_N=bias, num_outputs=weight.shape[0])
+
+
+def _for_onednn(weight: Tensor, bias: Tensor | None, options: ProductOptions) -> Multiply | None:
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
-        probe = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=torch.float32).view(2, -1).to(weight.dtype)
-        found = torch.ops.mkldnn._linear_pointwise.default(probe, packed, bias, "none", [], "").float()
+        operator = torch.ops.mkldnn._linear_pointwise.default
+        operator(weight[:1], packed, bias, "none", [], "")
     except (RuntimeError, AttributeError, TypeError) as error:
         logger.warning("weights stay unpacked, the operator failed: %s", error)
         return None
-    expected = F.linear(probe, weight, bias).float()
-    if not (found - expected).norm() <= _PACKED_TOLERANCE * expected.norm():
-        logger.warning("weights stay unpacked, the packed product differs from the plain one")
-        return None
-    return packed
+    return lambda x_TK: operator(x_TK, packed, bias, "none", [], "")
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tuneloom.engine.kernels import Kernels
-from tuneloom.engine.linear import Product, huge_pages, stack
+from tuneloom.engine.linear import Product, ProductOptions, stack
+from tuneloom.engine.pages import huge_pages
 from tuneloom.engine.quantised import QuantisedProduct, is_quantised
 from tuneloom.engine.stacks import Factors, LoraPlan, NativeStacks, Stacks, TorchStacks, plan_rows, plan_slots
 
@@ -33,16 +34,16 @@ class HostAdapter:
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How packs are built: `num_slots` adapters at once, of `max_rank`; by the CPU kernels if there are `kernels`.
-
-    `dtype`: of inputs, outputs and factors.
-    """
+    """How packs are built: `num_slots` adapters of up to `max_rank` at once, computed in `dtype`."""
 
     num_slots: int
     max_rank: int
-    prepack: bool
-    kernels: Kernels | None
+    product: ProductOptions
     dtype: torch.dtype
+
+    @property
+    def kernels(self) -> Kernels | None:
+        return self.product.kernels
 
 
 @dataclass
@@ -64,7 +65,7 @@ class LoraPack:
         self._step = step
         has_quantised = any(map(is_quantised, linears))
         self._product: Product | QuantisedProduct = (
-            QuantisedProduct(linears) if has_quantised else stack(list(linears), prepack=options.prepack)
+            QuantisedProduct(linears) if has_quantised else stack(list(linears), options.product)
         )
         like = torch.empty(0, dtype=options.dtype, device=linears[0].weight.device)
         self._stacks: Stacks = (

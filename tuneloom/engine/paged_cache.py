@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tuneloom.engine.blocks import BLOCK_TOKENS, BlockPool
 from tuneloom.engine.kv_cache import CacheBatch, Chunk, KVShape, Layer, Move, decode, prefill
-from tuneloom.engine.linear import lazy_zeros
+from tuneloom.engine.pages import lazy_zeros
 
 # Stands behind the end of each sequence: attention multiplies what it masks by zero, so that must be finite.
 _ZERO_BLOCK = 0

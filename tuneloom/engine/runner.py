@@ -44,7 +44,7 @@ class Runner:
         self.num_fused = fuse(loaded.body, options.kernels, cache) if options.kernels is not None else 0
         head = self._model.get_output_embeddings()
         if type(head) is nn.Linear:
-            self._model.set_output_embeddings(PackedLinear(head, prepack=options.prepack))
+            self._model.set_output_embeddings(PackedLinear(head, options.product))
         self._try(ids.tolist(), expected, loaded)
         logger.info("linears ready: %d of %d packed", self.lora.num_packed, self.lora.num_packs)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tuneloom.engine.kernels import Kernels, SlotRuns
-from tuneloom.engine.linear import lazy_zeros
+from tuneloom.engine.pages import lazy_zeros
 
 _FIRST_RANK = 8
 
