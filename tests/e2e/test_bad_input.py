@@ -25,7 +25,7 @@ BAD_ROWS = {
     "not UTF-8": (b'{"text": "\xff\xfe"}', "line 7", "utf-8"),
     "unknown role": (row(("alien", "a"), ("assistant", "b")), "line 7", "alien"),
     "no assistant turn": (row(("user", "a")), "line 7", "assistant"),
-    "longer than the context": (row(("user", "word " * 2000), ("assistant", "b")), "line 7", "1024"),
+    "longer than the context": (row(("user", "word " * 2000), ("assistant", "b")), "line 7", "1,024"),
 }
 
 
