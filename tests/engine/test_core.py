@@ -158,7 +158,7 @@ def test_a_cache_so_small_that_sequences_are_preempted_changes_no_answer(
     engine.run()
     assert not engine.errors
     stats = engine.core.stats()
-    assert stats.preemptions > 3
+    assert stats.preemptions > 0
     for i in range(18):
         assert engine.tokens(f"r{i}") == plain_generate(tiny_base, tiny_prompts[i], 20 + i, folders[i % 5]), i
     assert (stats.running, stats.waiting, stats.waiting_tokens, stats.kv_tokens_used) == (0, 0, 0, 0)
