@@ -35,7 +35,7 @@ def tiers(home: Home) -> dict[str, tuple[str, bool]]:
 
 def test_an_operator_prewarms_pins_and_unloads_and_sees_it(home: Home, client: openai.OpenAI, tmp_path: Path) -> None:
     for number in (1, 2):
-        folder = make_adapter(tmp_path / f"op{number}", home.path / "source", seed=number, base_id=BASE)
+        folder = make_adapter(tmp_path / f"op{number}", home.path / "source", seed=500 + number, base_id=BASE)
         home.run("models", "import", str(folder), "--name", f"op{number}")
 
     assert "ok" in home.run("models", "prewarm", "op1")
@@ -65,7 +65,7 @@ def test_an_operator_prewarms_pins_and_unloads_and_sees_it(home: Home, client: o
 
 
 def test_a_replica_that_starts_later_knows_the_pins(home: Home, client: openai.OpenAI, tmp_path: Path) -> None:
-    folder = make_adapter(tmp_path / "kept", home.path / "source", seed=3, base_id=BASE)
+    folder = make_adapter(tmp_path / "kept", home.path / "source", seed=503, base_id=BASE)
     home.run("models", "import", str(folder), "--name", "kept")
     home.run("models", "pin", "kept")
     (before,) = (replica["id"] for replica in look(home)["replicas"])

@@ -37,8 +37,10 @@ FIRST_START_S = 30.0
 WAKE_TIMEOUT_S = 600.0
 # Clients that obey `Retry-After` do so up to a minute.
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 2.0, 60.0
-# How often and how long a process that has not called a base before looks for the list of its replicas.
-MEMBERS_CHECKS, MEMBERS_PAUSE_S = 20, 0.025
+# How often and how long a process that has not called a base before looks for the list of its replicas: briefly where
+# a request waits for the answer, longer where an empty list would hide replicas from an operator.
+MEMBERS_PAUSE_S = 0.025
+MEMBERS_WAIT_S, MEMBERS_PATIENT_WAIT_S = 0.5, 3.0
 EACH_TIMEOUT_S = 60.0
 # Within this time Serve ends a replica that answers nothing at all.
 SILENCE_S = 40.0
@@ -114,7 +116,7 @@ class ServeBase:
         meanwhile, is there with an `Overloaded` that says so.
         """
         handle = await self._find()
-        asked = await self._replicas()
+        asked = await self._replicas(wait_s=MEMBERS_PATIENT_WAIT_S)
         if not asked:
             return {}
         try:
@@ -135,15 +137,14 @@ class ServeBase:
         silent = Overloaded("This replica did not answer. Try again in a moment.", retry_after_s=RETRY_AFTER_S)
         return {**dict.fromkeys(sorted(asked - found.keys()), silent), **found}
 
-    async def _replicas(self) -> frozenset[str]:
+    async def _replicas(self, *, wait_s: float = MEMBERS_WAIT_S) -> frozenset[str]:
+        """Those that run, as far as this process hears of it within `wait_s`."""
         # The handle must have its router, which is what hears of replicas.
         (await self._find()).options(stream=True)
-        for _ in range(MEMBERS_CHECKS):
-            found = members.find(base_app(self._base_id))
-            if found is not None:
-                return found
+        deadline = time.monotonic() + wait_s
+        while (found := members.find(base_app(self._base_id))) is None and time.monotonic() < deadline:
             await asyncio.sleep(MEMBERS_PAUSE_S)
-        return frozenset()
+        return found or frozenset()
 
     async def _wake(self) -> None:
         """Ask for something: Serve starts a replica for whatever waits, and keeps starting it while it waits."""
