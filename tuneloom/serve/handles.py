@@ -141,10 +141,12 @@ class ServeBase:
         """Those that run, as far as this process hears of it within `wait_s`."""
         # The handle must have its router, which is what hears of replicas.
         (await self._find()).options(stream=True)
-        deadline = time.monotonic() + wait_s
-        while (found := members.find(base_app(self._base_id))) is None and time.monotonic() < deadline:
+        for _ in range(round(wait_s / MEMBERS_PAUSE_S)):
+            found = members.find(base_app(self._base_id))
+            if found is not None:
+                return found
             await asyncio.sleep(MEMBERS_PAUSE_S)
-        return found or frozenset()
+        return frozenset()
 
     async def _wake(self) -> None:
         """Ask for something: Serve starts a replica for whatever waits, and keeps starting it while it waits."""
