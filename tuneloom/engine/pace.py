@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 _GAIN = 0.2
 # A measurement beyond this multiple of what was expected counts as this multiple: a pause of the machine is no cost.
 OUTLIER = 4.0
+# An owner is held to this share of n times its own time, for what no step shows: its wait to begin, and the hand-over.
+_MARGIN = 0.9
 # A measured time is taken anew after this much time of steps.
 _STALE_MS = 10_000.0
 
@@ -146,5 +148,5 @@ class Pace:
             load = present.get(owner)
             alone = 0.0 if load is None else self.cost.step_ms(load.rows, load.prompt_tokens)
             if alone is not None:
-                lag = self._lag_ms.get(owner, 0.0) + ms - num_owners * alone
+                lag = self._lag_ms.get(owner, 0.0) + ms - _MARGIN * num_owners * alone
                 self._lag_ms[owner] = max(-self._longest_ms, min(self._longest_ms, lag))
