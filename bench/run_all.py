@@ -6,13 +6,14 @@
 import argparse
 import json
 import os
-import shlex
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+COMMAND = "python -m bench.run_all --vllm-python VENV/bin/python --vllm-preload LIBTCMALLOC"
 SCRIPTS = (
     "ceilings",
     "work",
@@ -42,26 +43,43 @@ def main(arguments: list[str] | None = None) -> None:
     found = [
         json.loads(path.read_text()) for path in (folder / f"{script}.json" for script in SCRIPTS) if path.exists()
     ]
-    words = ["python", "-m", "bench.run_all", *(sys.argv[1:] if arguments is None else arguments)]
-    parsed.page.write_text(page(found, shlex.join(_without_folders(words))), encoding="utf-8")
+    parsed.page.write_text(page(found), encoding="utf-8")
     print(f"written: {parsed.page}")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def page(found: list[dict[str, Any]], command: str) -> str:
+def page(found: list[dict[str, Any]]) -> str:
     """The page for what the scripts have found."""
     lines = ["# Measured", "", "Ours against others, as ratios of medians from one run of one script each.", ""]
     lines += ["| what | measured | wanted | met |", "|---|---|---|---|"]
     lines += [_ratio_row(ratio) for report in found for ratio in report["ratios"] if ratio["wanted"] is not None]
     lines += ["", "Work W: SmolLM2-135M-Instruct in bf16, 32 requests at once, 64 prompt and 64 new tokens, greedy;"]
     lines += ["adapters of rank 16 on all linear layers. What each script does is in its docstring.", ""]
+    lines += _reach({report["script"]: report for report in found})
     lines += _conditions(found)
-    lines += ["", "## Repeat it", "", "```", command, "```", ""]
+    lines += ["", "## Repeat it", "", "```", COMMAND, "```", ""]
     lines += ["The vLLM row needs an environment of its own: `bench/requirements-vllm.txt` says how to make it."]
     for report in found:
         lines += _details(report)
     return "\n".join([*lines, ""])
+
+
+def _reach(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What the machine leaves of a wanted ratio to vLLM with LoRA, from the share of its ceiling that W reaches."""
+    if not {"work", "against_vllm"} <= found.keys():
+        return []
+    base = next(m["median"] for m in found["work"]["measures"] if m["name"] == "ours, no adapters")
+    share = next(r["value"] for r in found["work"]["ratios"] if r["name"].startswith("share of the compute ceiling"))
+    lora = [m["median"] for m in found["against_vllm"]["measures"] if re.fullmatch(r"vLLM.*, 8 adapters", m["name"])]
+    if not lora:
+        return []
+    return [
+        f"W cannot take more than {base / share:.0f} tokens/s on this machine: so many the multiplications of the base "
+        f"alone allow, at the measured rate of large ones. That is {base / share / max(lora):.1f} times vLLM with 8 "
+        "adapters, and above any engine's ratio here.",
+        "",
+    ]
 
 
 def _conditions(found: list[dict[str, Any]]) -> list[str]:
@@ -102,11 +120,6 @@ def _ratio_row(ratio: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     return ", ".join(f"{name} {each}" for name, each in value.items()) if isinstance(value, dict) else str(value)
-
-
-def _without_folders(words: list[str]) -> list[str]:
-    """A command as another machine would give it."""
-    return ["FOLDER" if word.startswith("/") else word for word in words]
 
 
 def _run(script: str, options: argparse.Namespace, folder: Path) -> bool:
