@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-import sys
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How long this process's event loop keeps Python to itself while the step thread wants it, which it does hundreds of
-# times in a step, after each kernel. Python's own 5 ms would be a part of many steps.
-SWITCH_S = 0.0002
 # An engine that has work and makes no step for this long is stuck.
 STUCK_S = 90.0
 
@@ -169,7 +165,6 @@ class Base(Replica):
         from tuneloom.engine.text import Codec
         from tuneloom.store import open_store
 
-        sys.setswitchinterval(SWITCH_S)
         tree = Settings.model_validate(settings)
         options = next(base for base in tree.bases if base.id == base_id)
         base = get_base(tree.bases_dir, base_id)
