@@ -14,6 +14,7 @@ from openai import OpenAI
 
 from tests.serve.conftest import BASE
 from tuneloom.config import Settings
+from tuneloom.serve import members
 from tuneloom.serve.app import base_app, schema
 from tuneloom.serve.guard import PROXY_ENVIRONMENT
 
@@ -65,6 +66,8 @@ class ray_cluster:
         }
 
     def __enter__(self) -> None:
+        # What this process heard of the replicas of an earlier cluster.
+        members._members.clear()
         os.environ.update(self._environment)
         import ray
         from ray import serve
