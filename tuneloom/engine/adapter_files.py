@@ -1,4 +1,4 @@
-"""Reads a PEFT LoRA folder into factors that are ready to copy into a slot, or says why it cannot be served."""
+"""Reads a PEFT LoRA folder into factors that an engine can arrange for its slots, or says why it cannot be served."""
 
 import json
 import math

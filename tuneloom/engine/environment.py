@@ -6,7 +6,7 @@
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 # Weights in large pages: a step reads all of them, and with pages of 4 KiB it spends a part of its time on finding
-# them. The same base, 32 rows, one thread: 57 ms of linear layers a step become 50. Other C libraries ignore it.
+# them. The same base, 32 rows, one thread: 57 ms of oneDNN's products a step become 50. Other C libraries ignore it.
 _PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 ENGINE_ENVIRONMENT = {**_WAITING, **_PAGES, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
