@@ -36,7 +36,7 @@ _UP_TIMEOUT_S = 900
 WHAT_STREAMS_COST = (
     "A streamed piece costs about 2 ms of processor on its way through replica, gateway and proxy, nearly all of it in "
     "Ray's generators; answers in one piece cross once. That the replica's share takes Python's lock from the step "
-    "thread is a guess, not profiled. Tried, one run of three repetitions each, which differ by some 5 % among themselves: "
+    "thread is a guess, not profiled. Tried, one run of three repetitions each, some 5 % apart among themselves: "
     "80 pieces a second instead of 100 with pauses up to 0.4 s (0.86), and a switch interval of 0.2 ms in the replica "
     "(0.80)."
 )
