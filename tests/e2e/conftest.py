@@ -127,7 +127,7 @@ def rows_jsonl(count: int, answer: str = "serious") -> bytes:
 def make_home(path: Path, **settings: Any) -> Home:
     home = Home(path)
     path.mkdir(parents=True, exist_ok=True)
-    source = make_base(path / "source", max_length=1024)
+    source = make_base(path / "source", max_length=8192)
     bases.add_folder(path / "bases", source, BASE)
     config = {
         "bases": [{"id": BASE, "engine": {"dtype": "fp32", "max_sequences": 16, "adapter_slots": 4, "threads": 1}}],

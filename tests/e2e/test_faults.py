@@ -109,7 +109,8 @@ def stream(home: Home, tokens: int = 400) -> Iterator[Any]:
 @pytest.mark.parametrize("after_chunks", [1, 10])
 def test_streams_of_a_killed_replica_end_in_an_error_event(home: Home, victim: str, after_chunks: int) -> None:
     wait_for("an answer", lambda: answers(home), 60)
-    streams = [stream(home) for _ in range(4)]
+    # So long that none is over before the kill.
+    streams = [stream(home, tokens=7000) for _ in range(4)]
     for open_stream in streams:
         for _ in range(after_chunks):
             next(open_stream)
