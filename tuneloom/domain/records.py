@@ -1,29 +1,15 @@
-"""What tuneloom keeps: the records of the store and the words for them. No I/O, no rules of any layer above.
+"""The records of the store.
 
 Every record is frozen; a change is a new record written against the revision that was read. Times are Unix
 seconds (float), sizes are bytes. The field `id` is the document id in the record's collection.
 """
 
-import hashlib
-import hmac
-import re
-import secrets
-import string
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from tuneloom.errors import InvalidRequest, PermissionDenied
-
-LOCAL_OWNER = "local"
-
-# The context of a base whose config names none: a recurrent one has no longest position.
-DEFAULT_CONTEXT_LENGTH = 2048
-
-Scope = Literal["inference", "training", "admin"]
-ALL_SCOPES: tuple[Scope, ...] = ("inference", "training", "admin")
-
-_BASE62 = string.digits + string.ascii_letters
+from tuneloom.domain.training import Estimate, Fidelity, Hyperparameters, JobError, JobSpec, Setting, Usage
+from tuneloom.domain.values import AdapterRef, Scope
 
 
 class Record(BaseModel):
@@ -34,44 +20,6 @@ class Record(BaseModel):
 
     id: str
     owner: str
-
-
-class AdapterRef(BaseModel):
-    """An immutable adapter by content.
-
-    `sha256` hashes its files (see `adapter_sha256`); `uri` is the blob prefix that holds them; `rank` is the largest
-    rank of any module; `size_bytes` is the size of the weights file.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    sha256: str
-    uri: str
-    rank: int
-    size_bytes: int
-
-
-class Principal(BaseModel):
-    """Who calls: the owner whose things they may touch, the key that proved it, and what it may do."""
-
-    model_config = ConfigDict(frozen=True)
-    owner: str
-    key_id: str
-    scopes: tuple[Scope, ...]
-
-    def require(self, scope: Scope) -> None:
-        """Raise PermissionDenied unless the key has the scope; `admin` holds every scope."""
-        if scope not in self.scopes and "admin" not in self.scopes:
-            raise PermissionDenied(f"This key lacks the scope `{scope}`. Use a key that was created with it.")
-
-
-class Target(BaseModel):
-    """Where a call goes: a base, and one immutable adapter or none. `name` is what the caller asked for."""
-
-    model_config = ConfigDict(frozen=True)
-    name: str
-    base: str
-    adapter: AdapterRef | None = None
-    version: str | None = None
 
 
 class File(Record):
@@ -112,54 +60,6 @@ class UploadPart(Record):
     blob: str
 
 
-class Hyperparameters(BaseModel):
-    """OpenAI's three; `auto` until resolved from the data and the base before the run starts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    n_epochs: int | Literal["auto"] = "auto"
-    batch_size: int | Literal["auto"] = "auto"
-    learning_rate_multiplier: float | Literal["auto"] = "auto"
-
-
-class TrainOptions(BaseModel):
-    """Our own settings, the request object `tuneloom`. None means: resolved when the job starts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    rank: int | None = Field(None, ge=1, le=128)
-    alpha: float | None = Field(None, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = None
-    learning_rate: float | None = Field(None, gt=0, le=1)
-    max_length: int | None = Field(None, ge=8)
-    checkpoint_every_steps: int | None = Field(None, ge=1)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    loss_on: Literal["answers", "all"] = "answers"
-
-
-class JobSpec(BaseModel):
-    """What was asked of a job. Frozen: a rerun of the job trains exactly this."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    base: str
-    training_file: str
-    validation_file: str | None = None
-    suffix: str | None = None
-    seed: int
-    method: Literal["supervised"] = "supervised"
-    hyperparameters: Hyperparameters = Hyperparameters()
-    options: TrainOptions = TrainOptions()
-    metadata: dict[str, str] | None = None
-
-
-class JobError(BaseModel):
-    """Why a job failed: one true sentence for people, one code for programs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    code: str
-    message: str
-    param: str | None = None
-
-
 JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 
@@ -185,6 +85,9 @@ class Job(Record):
     losses: int = 0
     self_launched: bool = False
     resolved: Hyperparameters | None = None
+    settings: tuple[Setting, ...] = ()
+    estimate: Estimate | None = None
+    usage: Usage | None = None
     estimated_finish: float | None = None
     finished_at: float | None = None
     trained_tokens: int | None = None
@@ -213,7 +116,8 @@ class Progress(Record):
 
     It is the fence: each commit of a trainer replaces this record at the revision that the trainer wrote last. A new
     attempt replaces it first, so that a zombie fails at its next write. `logged_step` is the last step whose metrics
-    are in the events, so that a resumed run does not repeat them. `outcome` is the trainer's last word.
+    are in the events, so that a resumed run does not repeat them. `seconds` counts what all attempts have trained,
+    `memory_bytes` the most that one of them held. `outcome` is the trainer's last word.
     """
 
     collection: ClassVar[str] = "progress"
@@ -226,6 +130,9 @@ class Progress(Record):
     trained_tokens: int = 0
     estimated_finish: float | None = None
     resolved: Hyperparameters | None = None
+    settings: tuple[Setting, ...] = ()
+    seconds: float = 0.0
+    memory_bytes: int = 0
     outcome: Literal["published", "paused", "cancelled", "failed"] | None = None
     error: JobError | None = None
 
@@ -278,6 +185,7 @@ class Version(Record):
     created_at: float
     job_id: str | None = None
     metrics: dict[str, float] = {}
+    fidelity: Fidelity | None = None
 
     @property
     def pinned_name(self) -> str:
@@ -327,79 +235,3 @@ class Repeat(Record):
     result_id: str
     created_at: float
     retry_count: int = 0
-
-
-def new_id(prefix: str, length: int = 24) -> str:
-    """A fresh random id such as `file-4uXk...`: `prefix` with its separator, then base-62 characters."""
-    return prefix + "".join(secrets.choice(_BASE62) for _ in range(length))
-
-
-def event_id(at_s: float) -> str:
-    """An id that sorts by time to the microsecond, unique among writers of the same microsecond."""
-    return f"ftevent-{int(at_s * 1_000_000):016x}{secrets.token_hex(4)}"
-
-
-MODEL_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
-RESERVED_NAMES = frozenset({"base", "ft", "tuneloom", "v1", "models", "admin", "active", "latest"})
-
-
-def check_model_name(name: str, *, param: str = "suffix") -> str:
-    """Return `name` if it may name a Model: 1-64 of `a-z 0-9 . _ -`, starting and ending with a letter or digit.
-
-    Raises:
-        InvalidRequest: it may not; the message says why.
-    """
-    if not MODEL_NAME.fullmatch(name) or ".." in name:
-        raise InvalidRequest(
-            f"Invalid `{param}`: {name[:80]!r}. Use 1 to 64 lower-case letters, digits, `.`, `_` or `-`, "
-            "starting and ending with a letter or digit.",
-            param=param,
-        )
-    if name in RESERVED_NAMES:
-        raise InvalidRequest(f"`{name}` is a reserved name. Choose another `{param}`.", param=param)
-    return name
-
-
-def model_name(spec: JobSpec, job_id: str) -> str:
-    """The Model that a job publishes to: its suffix, or a name of its own made from the job id."""
-    return spec.suffix or f"ft-{short_id(job_id).lower()}"
-
-
-def model_id(owner: str, name: str) -> str:
-    return f"{owner}:{name}"
-
-
-def version_id(owner: str, name: str, number: int) -> str:
-    return f"{owner}:{name}:v{number}"
-
-
-def short_id(job_id: str) -> str:
-    """Eight characters that stand for a job in names."""
-    digest = int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:8])
-    chars = []
-    for _ in range(8):
-        digest, remainder = divmod(digest, 62)
-        chars.append(_BASE62[remainder])
-    return "".join(chars)
-
-
-def ft_name(base: str, owner: str, suffix: str | None, unique: str) -> str:
-    """OpenAI's spelling of a Version: `ft:{base}:{owner}:{suffix}:{unique}`, empty suffix allowed."""
-    return f"ft:{base}:{owner}:{suffix or ''}:{unique}"
-
-
-def checkpoint_name(ft: str, step: int) -> str:
-    return f"{ft}:ckpt-step-{step}"
-
-
-def adapter_sha256(files: dict[str, str]) -> str:
-    """The content hash of an adapter from `{file name: sha256 hex}`; independent of order."""
-    digest = hashlib.sha256()
-    for name, sha256 in sorted(files.items()):
-        digest.update(f"{name}\0{sha256}\n".encode())
-    return digest.hexdigest()
-
-
-def hash_secret(pepper: bytes, secret: str) -> str:
-    """The keyed hash under which a key's secret is stored: HMAC-SHA256, hex."""
-    return hmac.new(pepper, secret.encode(), hashlib.sha256).hexdigest()

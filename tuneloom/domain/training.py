@@ -1,0 +1,149 @@
+"""What is asked of a training run and what it tells of itself: settings, estimate, usage, fidelity, error."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tuneloom.domain.values import AdapterRef
+
+
+class Hyperparameters(BaseModel):
+    """OpenAI's; `auto` until resolved from the data and the base before the run starts. `beta` is that of DPO."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    n_epochs: int | Literal["auto"] = "auto"
+    batch_size: int | Literal["auto"] = "auto"
+    learning_rate_multiplier: float | Literal["auto"] = "auto"
+    beta: float | Literal["auto"] | None = None
+
+
+class TrainOptions(BaseModel):
+    """Our own settings, the request object `tuneloom`. None and `auto` mean: resolved when the job starts.
+
+    A `preset` gives defaults to what is not set here or in the hyperparameters.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    preset: Literal["quick", "balanced"] | None = None
+    rank: int | None = Field(None, ge=1, le=128)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | None = None
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int | None = Field(None, ge=0, description="None: 3 % of the steps, at most 100")
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    accumulation_steps: int | None = Field(None, ge=1, le=256, description="forward passes that make a step")
+    max_length: int | None = Field(None, ge=8)
+    long_rows: Literal["refuse", "cut"] = Field("refuse", description="rows above `max_length`; cut: at their end")
+    packing: Literal["auto"] | bool = Field("auto", description="rows end to end without padding, each on its own")
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    quantization: Literal["auto", "none", "nf4", "int8"] = Field(
+        "auto", description="the base's frozen weights in 4 or 8 bits; auto: nf4 where the base does not fit otherwise"
+    )
+    loss_on: Literal["answers", "all"] = "answers"
+    evaluate_every_steps: int | None = Field(None, ge=1, description="None: at the end of each epoch")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, le=100, description="evaluations in a row without a better validation loss; None: never"
+    )
+    early_stopping_min_delta: float = Field(0.0, ge=0)
+    validation_share: float | None = Field(
+        None, gt=0, le=0.5, description="part of the training rows held out for validation"
+    )
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    checkpoint_every_minutes: float | None = Field(None, gt=0)
+    warm_start: str | None = Field(None, description="name of a Version or checkpoint whose adapter is trained on")
+
+
+class WandbIntegration(BaseModel):
+    """Where the metrics of a job go besides its events."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    project: str
+    name: str | None = None
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class JobSpec(BaseModel):
+    """What was asked of a job. Frozen: a rerun of the job trains exactly this.
+
+    `warm_start` is the adapter that `options.warm_start` named when the job was created.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    base: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    seed: int
+    method: Literal["supervised", "dpo"] = "supervised"
+    hyperparameters: Hyperparameters = Hyperparameters()
+    options: TrainOptions = TrainOptions()
+    warm_start: AdapterRef | None = None
+    wandb: tuple[WandbIntegration, ...] = ()
+    metadata: dict[str, str] | None = None
+
+
+class Setting(BaseModel):
+    """One resolved setting of a run and why it has this value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    value: Any
+    reason: str
+
+
+class Estimate(BaseModel):
+    """What a run will take, before it starts. Each `_low` and `_high` bound nine of ten runs like it.
+
+    `based_on` says what the speed was taken from. `cost` is None without a price in the settings.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tokens: int
+    steps: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    memory_bytes: int
+    cost: float | None = None
+    cost_low: float | None = None
+    cost_high: float | None = None
+    based_on: str
+
+
+class Usage(BaseModel):
+    """What a run has taken, all its attempts together. `seconds` are those of its processes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tokens: int
+    steps: int
+    seconds: float
+    memory_bytes: int
+    cost: float | None = None
+
+
+class Fidelity(BaseModel):
+    """How closely the engine agrees with the trainer on a run's adapter: differences of log-probabilities of learned
+    tokens, over `rows` rows. `tolerance` is that of `precision`, which the largest did not exceed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rows: int
+    tokens: int
+    mean_difference: float
+    max_difference: float
+    tolerance: float
+    precision: str
+
+
+class JobError(BaseModel):
+    """Why a job failed: one true sentence for people, one code for programs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    code: str
+    message: str
+    param: str | None = None

@@ -1,0 +1,53 @@
+"""Small values that records and requests share: who calls, and which adapter."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tuneloom.errors import PermissionDenied
+
+LOCAL_OWNER = "local"
+
+# The context of a base whose config names none: a recurrent one has no longest position.
+DEFAULT_CONTEXT_LENGTH = 2048
+
+Scope = Literal["inference", "training", "admin"]
+ALL_SCOPES: tuple[Scope, ...] = ("inference", "training", "admin")
+
+
+class AdapterRef(BaseModel):
+    """An immutable adapter by content.
+
+    `sha256` hashes its files (see `adapter_sha256`); `uri` is the blob prefix that holds them; `rank` is the largest
+    rank of any module; `size_bytes` is the size of the weights file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sha256: str
+    uri: str
+    rank: int
+    size_bytes: int
+
+
+class Principal(BaseModel):
+    """Who calls: the owner whose things they may touch, the key that proved it, and what it may do."""
+
+    model_config = ConfigDict(frozen=True)
+    owner: str
+    key_id: str
+    scopes: tuple[Scope, ...]
+
+    def require(self, scope: Scope) -> None:
+        """Raise PermissionDenied unless the key has the scope; `admin` holds every scope."""
+        if scope not in self.scopes and "admin" not in self.scopes:
+            raise PermissionDenied(f"This key lacks the scope `{scope}`. Use a key that was created with it.")
+
+
+class Target(BaseModel):
+    """Where a call goes: a base, and one immutable adapter or none. `name` is what the caller asked for."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    base: str
+    adapter: AdapterRef | None = None
+    version: str | None = None
