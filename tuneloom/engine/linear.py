@@ -83,7 +83,9 @@ def _pack(weight: Tensor, bias: Tensor | None, options: ProductOptions) -> Multi
         return None
     probe = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=torch.float32).view(2, -1).to(weight.dtype)
     expected = F.linear(probe, weight, bias).float()
-    for form in (_for_kernels, _for_onednn):
+    # oneDNN uses the tiles of a CPU that has them: three times our kernels at 32 rows, seven times at 256.
+    forms = (_for_onednn, _for_kernels) if torch.cpu._is_amx_tile_supported() else (_for_kernels, _for_onednn)
+    for form in forms:
         multiply = form(weight, bias, options)
         if multiply is None:
             continue
