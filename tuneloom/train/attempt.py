@@ -81,12 +81,12 @@ def _train(settings: Settings, store: Store, voice: Voice, pulse: Pulse, job: Jo
     if (wanted := _early_end(pulse)) is not None:
         return wanted
     voice.say(stage="loading")
-    lora, steps_type = _import_trainer()
+    lora, models, steps_type = _import_trainer()
     use_gpu = settings.train.num_gpus > 0
     _use_threads(settings.train.threads)
-    plan = make_plan(job.spec, training, base, has_bf16=lora.has_fast_bf16(use_gpu=use_gpu))
+    plan = make_plan(job.spec, training, base, has_bf16=models.has_fast_bf16(use_gpu=use_gpu))
     voice.say(total_steps=plan.total_steps, resolved=plan.hyperparameters)
-    model = lora.add_lora(lora.load_base(base, plan), plan)
+    model = models.add_lora(models.load_base(base, plan), plan)
     checkpoints = Checkpoints(folder / "checkpoints", settings.train.checkpoints_kept)
     publisher = Publisher(store, voice, job, base, checkpoints_kept=settings.train.checkpoints_kept)
     steps = steps_type(
@@ -104,7 +104,7 @@ def _train(settings: Settings, store: Store, voice: Voice, pulse: Pulse, job: Jo
         plan,
         training,
         lora.Batches(training.lengths, plan.batch_size, plan.micro_size, plan.seed),
-        tokenizer=lora.load_tokenizer(base),
+        tokenizer=models.load_tokenizer(base),
         base_id=base.id,
         folder=folder / "trainer",
         use_gpu=use_gpu,
@@ -127,7 +127,7 @@ def _train(settings: Settings, store: Store, voice: Voice, pulse: Pulse, job: Jo
     outcome = Outcome(plan.hyperparameters, plan.rank, done, trainer.batches.tokens_until(done), steps.metrics)
     final = folder / "adapter"
     shutil.rmtree(final, ignore_errors=True)
-    lora.save_adapter(model, final, base.id)
+    models.save_adapter(model, final, base.id)
     publisher.version(final, outcome)
     return "published"
 
@@ -167,11 +167,11 @@ def _import_trainer():  # type: ignore[no-untyped-def]
         warnings.simplefilter("ignore")
         import transformers
 
-        from tuneloom.train import lora
+        from tuneloom.train import lora, models
         from tuneloom.train.steps import Steps
     transformers.utils.logging.disable_progress_bar()
     lora.use_one_process()
-    return lora, Steps
+    return lora, models, Steps
 
 
 def _use_threads(threads: int) -> None:
