@@ -12,8 +12,8 @@ from typing import Any
 from bench.inputs import Setup, fetch
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.base import SequenceRequest
-from tuneloom.engine.core import EngineConfig
 from tuneloom.engine.engine import LocalEngine
+from tuneloom.engine.options import EngineConfig
 from tuneloom.generation import SamplingParams
 
 _numbers = itertools.count()

@@ -20,8 +20,8 @@ from bench.machine import ForeignLoad, describe, enter_environment
 from bench.report import Report
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.base import SequenceRequest
-from tuneloom.engine.core import EngineConfig
 from tuneloom.engine.engine import LocalEngine
+from tuneloom.engine.options import EngineConfig
 from tuneloom.errors import Overloaded, TuneloomError
 from tuneloom.generation import SamplingParams
 

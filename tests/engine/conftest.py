@@ -10,7 +10,8 @@ import pytest
 
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.base import SequenceOutput, SequenceRequest
-from tuneloom.engine.core import EngineConfig, EngineCore
+from tuneloom.engine.core import EngineCore
+from tuneloom.engine.options import EngineConfig
 from tuneloom.errors import TuneloomError
 from tuneloom.generation import SamplingParams
 

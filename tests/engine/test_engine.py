@@ -9,8 +9,8 @@ import pytest
 
 from tests.engine.conftest import GREEDY, fetch_local, ref_of, request
 from tuneloom.engine.base import SequenceRequest
-from tuneloom.engine.core import EngineConfig
 from tuneloom.engine.engine import LocalEngine
+from tuneloom.engine.options import EngineConfig
 from tuneloom.errors import AdapterRejected, ContextLengthExceeded, InvalidRequest, Overloaded, TuneloomError
 
 pytestmark = pytest.mark.anyio

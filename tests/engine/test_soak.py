@@ -4,8 +4,8 @@ import pytest
 
 from bench.soak import Traffic, leftovers, rss_mb
 from tests.engine.conftest import fetch_local, ref_of
-from tuneloom.engine.core import EngineConfig
 from tuneloom.engine.engine import LocalEngine
+from tuneloom.engine.options import EngineConfig
 
 pytestmark = pytest.mark.anyio
 

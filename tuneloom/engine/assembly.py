@@ -8,7 +8,7 @@ import gc
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,13 +20,11 @@ from tuneloom.engine.linear import ProductOptions
 from tuneloom.engine.loader import load_model, pick_device, pick_dtype
 from tuneloom.engine.lora import PackOptions
 from tuneloom.engine.memory import Demand, MemoryPlan, measure_room, plan_memory
+from tuneloom.engine.options import EngineConfig
 from tuneloom.engine.paged_cache import PagedCache
 from tuneloom.engine.runner import Runner
 from tuneloom.engine.serial import SerialCache, SerialRunner
 from tuneloom.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from tuneloom.engine.core import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ class Assembly:
         }
 
 
-def assemble(folder: Path, config: "EngineConfig") -> Assembly:
+def assemble(folder: Path, config: EngineConfig) -> Assembly:
     """Load the base in `folder` ready to step.
 
     Raises:
@@ -88,7 +86,7 @@ class CannotBatch(Exception):
 class _Site:
     """A base, an engine's options, and the machine."""
 
-    def __init__(self, checkpoint: Checkpoint, config: "EngineConfig") -> None:
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
         self._checkpoint, self._config = checkpoint, config
         self._device = pick_device()
         self._dtype = pick_dtype(config.dtype, self._device)

@@ -5,11 +5,9 @@
 A step that fails ends the sequences it computed; the others go on.
 """
 
-import heapq
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,8 +18,10 @@ from tuneloom.engine.adapter_files import read_adapter
 from tuneloom.engine.adapters import AdapterCache
 from tuneloom.engine.assembly import assemble
 from tuneloom.engine.base import EngineStats, SequenceOutput, SequenceRequest, TokenOutput
+from tuneloom.engine.deadlines import Alarms, too_late
 from tuneloom.engine.lora import HostAdapter
 from tuneloom.engine.matcher import Grammars
+from tuneloom.engine.options import EngineConfig
 from tuneloom.engine.prefix import PrefixCache
 from tuneloom.engine.sampler import SamplingState, sample
 from tuneloom.engine.scheduler import Limits, Outcome, Scheduler, Work
@@ -35,37 +35,6 @@ logger = logging.getLogger(__name__)
 _HEADROOM_TOKENS = 16
 
 Event = tuple[str, SequenceOutput | TuneloomError]
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How one engine runs; lengths in tokens. `config.EngineSettings` documents the fields they share.
-
-    `native`: use what this CPU has beyond torch's plain operators, as packed weights and our own kernels.
-    """
-
-    dtype: str = "auto"
-    max_sequences: int = 32
-    max_waiting: int = 256
-    max_length: int | None = None
-    kv_cache_tokens: int | None = None
-    kv_cache: str = "auto"
-    prefix_cache_bytes: int = 512 << 20
-    max_step_tokens: int = 256
-    max_step_ms: float = 200.0
-    decode_weight: float = 2.0
-    adapter_bytes_per_token: int = 1 << 20
-    adapter_slots: int = 16
-    max_rank: int = 64
-    host_cache_bytes: int = 1 << 30
-    threads: int = 0
-    native: bool = True
-    quantization: str = "none"
-    memory_share: float = 0.9
-    adapter_timeout_s: float = 60.0
-    adapter_loaders: int = 4
-    adapter_failure_s: float = 5.0
-    adapter_idle_s: float | None = None
 
 
 class EngineCore:
@@ -392,7 +361,7 @@ class EngineCore:
             if sequence is None:
                 continue
             if now >= sequence.deadline_at:
-                events.append(self._fail(sequence, _too_late(sequence)))
+                events.append(self._fail(sequence, too_late(sequence)))
             elif sequence.cache_slot is None and sequence.adapter is not None:
                 limit = self.config.adapter_timeout_s
                 if self.adapters.is_loaded(sequence.adapter):
@@ -425,33 +394,3 @@ class EngineCore:
         by_slot = {s.cache_slot: s for s in self._scheduler.running if s.cache_slot is not None}
         for move in self._cache.compact({slot: s.num_computed for slot, s in by_slot.items()}):
             by_slot[move.source].cache_slot = move.target
-
-
-class Alarms:
-    """Times at which sequences are looked at, by id. An id that is gone costs nothing but its entry for a while."""
-
-    def __init__(self) -> None:
-        self._times: list[tuple[float, str]] = []
-
-    def set(self, at: float, id: str) -> None:
-        heapq.heappush(self._times, (at, id))
-
-    def due(self, now: float, alive: Mapping[str, object]) -> list[str]:
-        """Ids whose time has come, each once."""
-        found: dict[str, None] = {}
-        while self._times and self._times[0][0] <= now:
-            found[heapq.heappop(self._times)[1]] = None
-        # Ids that ended long before their time are swept out.
-        if len(self._times) > 4 * len(alive) + 1024:
-            self._times = [entry for entry in self._times if entry[1] in alive]
-            heapq.heapify(self._times)
-        return list(found)
-
-
-def _too_late(sequence: Sequence) -> Overloaded:
-    limit = f"{sequence.request.deadline_s:g} s"
-    if sequence.output_ids:
-        message = f"The request took longer than its limit of {limit}. Ask for fewer tokens, or retry."
-    else:
-        message = f"The request was not begun within its limit of {limit}: too many others run. Retry in a moment."
-    return Overloaded(message, code="deadline_exceeded", retry_after_s=1.0)

@@ -19,7 +19,8 @@ import torch
 
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.base import AdapterState, EngineStats, SequenceOutput, SequenceRequest
-from tuneloom.engine.core import EngineConfig, EngineCore, Event
+from tuneloom.engine.core import EngineCore, Event
+from tuneloom.engine.options import EngineConfig
 from tuneloom.errors import InvalidRequest, Overloaded, TuneloomError
 
 logger = logging.getLogger(__name__)

@@ -75,7 +75,7 @@ class Resources(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """`core.EngineConfig` describes them. `cache_tokens` is what the cache holds."""
+    """`options.EngineConfig` describes them. `cache_tokens` is what the cache holds."""
 
     max_running: int
     max_step_tokens: int

@@ -29,7 +29,7 @@ from tuneloom.serve.warmup import Usage, Use, load_all, share
 
 if TYPE_CHECKING:
     from tuneloom.config import BaseSettings, EngineSettings
-    from tuneloom.engine.core import EngineConfig
+    from tuneloom.engine.options import EngineConfig
     from tuneloom.engine.text import Codec
 
 logger = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ class Base(Replica):
 
 def engine_config(settings: "EngineSettings", *, replicas_here: int = 1) -> "EngineConfig":
     """A base's settings as its engine takes them; the disk is not the engine's. The machine's cores are shared out."""
-    from tuneloom.engine.core import EngineConfig
+    from tuneloom.engine.options import EngineConfig
 
     options = settings.model_dump(exclude={"disk_cache_bytes"})
     if not settings.threads and replicas_here > 1:
