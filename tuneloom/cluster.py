@@ -290,7 +290,7 @@ def num_cpus(settings: Settings) -> int:
     Ray's CPUs are bookkeeping: with fewer than this a job would wait for ever for a place.
     """
     served = sum(base.num_cpus * base.most_replicas for base in settings.bases)
-    trained = max(settings.train.num_cpus, 1) * settings.train.max_running
+    trained = max(settings.train.num_cpus, 1) * settings.train.places_on(os.cpu_count() or 1)
     gateways = settings.gateway.replicas
     return max(os.cpu_count() or 1, int(served + trained + gateways + 2))
 

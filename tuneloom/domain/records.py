@@ -69,8 +69,9 @@ class Job(Record):
 
     `requested_model` is the name as the caller gave it (an alias perhaps). `attempt` counts launches, 0 before the
     first; `attempt_open` says that a process of the latest attempt may still be alive, whatever `state` is.
-    `files_checked` is set when the row check has passed. `self_launched` marks a run started by hand
-    (`ray job submit -- python -m tuneloom.train`), which control adopts and never launches itself.
+    `files_checked` is set when the row check has passed. `waiting_for` is what a queued job was last told. `self_launched`
+    marks a run started by hand (`ray job submit -- python -m tuneloom.train`), which control adopts and never launches
+    itself.
     """
 
     collection: ClassVar[str] = "jobs"
@@ -83,6 +84,7 @@ class Job(Record):
     attempt_open: bool = False
     attempt_started_at: float | None = None
     losses: int = 0
+    waiting_for: str | None = None
     self_launched: bool = False
     resolved: Hyperparameters | None = None
     settings: tuple[Setting, ...] = ()
@@ -135,6 +137,25 @@ class Progress(Record):
     memory_bytes: int = 0
     outcome: Literal["published", "paused", "cancelled", "failed"] | None = None
     error: JobError | None = None
+
+
+class Speed(Record):
+    """How fast a job ran that was never interrupted; its id is the job id. Estimates of later jobs are made from it.
+
+    `kind` names what speed depends on: base, method, number formats, device. Of `seconds`, `fixed_s` went by before
+    the first step and after the last. `estimated_s` is what had been estimated.
+    """
+
+    collection: ClassVar[str] = "speeds"
+    kind: str
+    created_at: float
+    tokens: int
+    evaluated_tokens: int
+    steps: int
+    seconds: float
+    fixed_s: float
+    memory_bytes: int
+    estimated_s: float | None = None
 
 
 class Event(Record):

@@ -99,11 +99,13 @@ class Setting(BaseModel):
 class Estimate(BaseModel):
     """What a run will take, before it starts. Each `_low` and `_high` bound nine of ten runs like it.
 
-    `based_on` says what the speed was taken from. `cost` is None without a price in the settings.
+    `evaluated_tokens` are those of the validation rows, all evaluations together. `based_on` says what the speed was
+    taken from. `cost` is None without a price in the settings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     tokens: int
+    evaluated_tokens: int = 0
     steps: int
     seconds: float
     seconds_low: float

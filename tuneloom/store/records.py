@@ -18,6 +18,7 @@ from tuneloom.domain import (
     Record,
     Registration,
     Repeat,
+    Speed,
     Upload,
     UploadPart,
     Version,
@@ -113,6 +114,7 @@ class Records:
         self.jobs = Table(documents, Job)
         self.progress = Table(documents, Progress)
         self.events = Table(documents, Event)
+        self.speeds = Table(documents, Speed)
         self.checkpoints = Table(documents, Checkpoint)
         self.models = Table(documents, Model)
         self.versions = Table(documents, Version)

@@ -16,6 +16,7 @@ INDEXES = {
     "versions": ("ft_name", "model", "owner"),
     "checkpoints": ("name", "job_id"),
     "jobs": ("owner", "state", "attempt_open"),
+    "speeds": ("kind",),
     "files": ("owner",),
     "models": ("owner",),
     "upload_parts": ("upload_id",),
