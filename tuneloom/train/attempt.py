@@ -4,28 +4,39 @@ claim the fence -> files to tokens -> plan -> base with LoRA -> newest whole sta
 """
 
 import logging
-import os
 import shutil
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tuneloom.bases import Base, get_base
 from tuneloom.config import Settings
 from tuneloom.domain import Job
-from tuneloom.errors import InvalidRequest
 from tuneloom.store import Store, open_store
 from tuneloom.train.checkpoints import Checkpoints, SavedState
-from tuneloom.train.data import Tokens, load_tokens
 from tuneloom.train.failure import describe
-from tuneloom.train.plan import Plan, make_plan
+from tuneloom.train.inputs import Inputs, read_inputs
+from tuneloom.train.libraries import Libraries, import_libraries
+from tuneloom.train.plan import Plan, make_plan, settings_text
 from tuneloom.train.progress import FenceLost, Pulse, Voice
 from tuneloom.train.publish import Outcome, Publisher
-from tuneloom.train.render import Renderer
 
 logger = logging.getLogger(__name__)
 
 Result = Literal["published", "paused", "cancelled", "failed", "stopped", "fenced"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of one attempt work with. `folder` is the job's own on this machine."""
+
+    settings: Settings
+    store: Store
+    voice: Voice
+    pulse: Pulse
+    job: Job
+    base: Base
+    folder: Path
 
 
 def run_folder(settings: Settings, job_id: str) -> Path:
@@ -58,8 +69,11 @@ def run_attempt(settings: Settings, job_id: str, attempt: int) -> Result:
 
 
 def _run(settings: Settings, store: Store, voice: Voice, pulse: Pulse, job_id: str) -> Result:
+    """Train; the last word if it is not that of the publisher."""
     try:
-        result = _train(settings, store, voice, pulse, store.records.jobs.get(job_id).value)
+        job = store.records.jobs.get(job_id).value
+        base = get_base(settings.bases_dir, job.spec.base)
+        result = _train(Run(settings, store, voice, pulse, job, base, run_folder(settings, job_id)))
     except FenceLost:
         raise
     except Exception as error:
@@ -73,82 +87,67 @@ def _run(settings: Settings, store: Store, voice: Voice, pulse: Pulse, job_id: s
     return result
 
 
-def _train(settings: Settings, store: Store, voice: Voice, pulse: Pulse, job: Job) -> Result:
-    folder = run_folder(settings, job.id)
-    base = get_base(settings.bases_dir, job.spec.base)
-    voice.say(stage="reading files")
-    training, validation = _read_files(store, job, base, folder)
-    if (wanted := _early_end(pulse)) is not None:
+def _train(run: Run) -> Result:
+    run.voice.say(stage="reading files")
+    inputs = read_inputs(run.store, run.job, run.base, run.folder)
+    if (wanted := _early_end(run.pulse)) is not None:
         return wanted
-    voice.say(stage="loading")
-    lora, models, steps_type = _import_trainer()
-    use_gpu = settings.train.num_gpus > 0
-    _use_threads(settings.train.threads)
-    plan = make_plan(job.spec, training, base, has_bf16=models.has_fast_bf16(use_gpu=use_gpu))
-    voice.say(total_steps=plan.total_steps, resolved=plan.hyperparameters)
-    model = models.add_lora(models.load_base(base, plan), plan)
-    checkpoints = Checkpoints(folder / "checkpoints", settings.train.checkpoints_kept)
-    publisher = Publisher(store, voice, job, base, checkpoints_kept=settings.train.checkpoints_kept)
-    steps = steps_type(
+    run.voice.say(stage="loading")
+    train = run.settings.train
+    libraries = import_libraries(train.threads)
+    has_bf16 = libraries.models.has_fast_bf16(use_gpu=train.num_gpus > 0)
+    plan = make_plan(run.job.spec, inputs.training, run.base, has_bf16=has_bf16)
+    run.voice.say(total_steps=plan.total_steps, resolved=plan.hyperparameters, settings=plan.settings)
+    return _learn(run, plan, inputs, libraries)
+
+
+def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Result:
+    """From the base to the adapter that is handed over."""
+    lora, models, train = libraries.lora, libraries.models, run.settings.train
+    model = models.add_lora(models.load_base(run.base, plan), plan)
+    checkpoints = Checkpoints(run.folder / "checkpoints", train.checkpoints_kept)
+    publisher = Publisher(run.store, run.voice, run.job, run.base, checkpoints_kept=train.checkpoints_kept)
+    steps = libraries.steps.Steps(
         plan,
-        voice,
-        pulse,
+        run.voice,
+        run.pulse,
         checkpoints,
         publisher,
-        every_steps=job.spec.options.checkpoint_every_steps,
-        interval_s=settings.train.checkpoint_interval_s,
-        validation=validation,
+        every_steps=run.job.spec.options.checkpoint_every_steps,
+        interval_s=train.checkpoint_interval_s,
+        validation=inputs.validation,
     )
     trainer = lora.LoraTrainer(
         model,
         plan,
-        training,
-        lora.Batches(training.lengths, plan.batch_size, plan.micro_size, plan.seed),
-        tokenizer=models.load_tokenizer(base),
-        base_id=base.id,
-        folder=folder / "trainer",
-        use_gpu=use_gpu,
+        inputs.training,
+        lora.Batches(inputs.training.lengths, plan.batch_size, plan.micro_size, plan.seed),
+        tokenizer=models.load_tokenizer(run.base),
+        base_id=run.base.id,
+        folder=run.folder / "trainer",
+        use_gpu=train.num_gpus > 0,
         callbacks=[steps],
         on_save=steps.save,
     )
     steps.follow(trainer)
-    if (wanted := _early_end(pulse)) is not None:
+    if (wanted := _early_end(run.pulse)) is not None:
         return wanted
     state = checkpoints.latest()
-    _announce(voice, plan, state)
+    _announce(run.voice, plan, state)
     if state is not None:
         steps.metrics = state.facts["metrics"]
         publisher.checkpoint(state.path / lora.STATE_ADAPTER, state.step, steps.metrics, plan.rank)
     trainer.learn(state.path if state else None)
-    if (wanted := _early_end(pulse)) is not None:
+    if (wanted := _early_end(run.pulse)) is not None:
         return wanted
     done = trainer.state.global_step
     assert done == plan.total_steps, "training ends early only where something else is wanted"
     outcome = Outcome(plan.hyperparameters, plan.rank, done, trainer.batches.tokens_until(done), steps.metrics)
-    final = folder / "adapter"
+    final = run.folder / "adapter"
     shutil.rmtree(final, ignore_errors=True)
-    models.save_adapter(model, final, base.id)
+    models.save_adapter(model, final, run.base.id)
     publisher.version(final, outcome)
     return "published"
-
-
-def _read_files(store: Store, job: Job, base: Base, folder: Path) -> tuple[Tokens, Tokens | None]:
-    renderers: list[Renderer] = []
-
-    def renderer() -> Renderer:
-        if not renderers:
-            renderers.append(Renderer.load(base.path, learn_all=job.spec.options.loss_on == "all"))
-        return renderers[0]
-
-    def read(file_id: str, param: str) -> Tokens:
-        stored = store.records.files.find(file_id)
-        if stored is None or stored.value.owner != job.owner:
-            raise InvalidRequest(f"The file `{file_id}` is gone. Upload it again.", param=param)
-        return load_tokens(store, stored.value, base, job.spec, folder, renderer)
-
-    training = read(job.spec.training_file, "training_file")
-    validation = job.spec.validation_file
-    return training, read(validation, "validation_file") if validation else None
 
 
 def _early_end(pulse: Pulse) -> Result | None:
@@ -157,31 +156,8 @@ def _early_end(pulse: Pulse) -> Result | None:
     return ends.get(pulse.intent(fresh=True))
 
 
-def _import_trainer():  # type: ignore[no-untyped-def]
-    """The modules that need torch: seconds of imports, while the pulse goes on."""
-    # One line of bitsandbytes on each start (it looks for the package `kernels`), and the trainer's notes on defaults.
-    for name in ("bitsandbytes", "transformers", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import transformers
-
-        from tuneloom.train import lora, models
-        from tuneloom.train.steps import Steps
-    transformers.utils.logging.disable_progress_bar()
-    lora.use_one_process()
-    return lora, models, Steps
-
-
-def _use_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-
-
 def _announce(voice: Voice, plan: Plan, state: SavedState | None) -> None:
     if state is not None:
         voice.say(f"Training goes on from the checkpoint at step {state.step}")
     elif voice.progress().logged_step == 0:
-        voice.say("Settings: " + "; ".join(plan.reasons))
+        voice.say("Settings: " + settings_text(plan.settings))
