@@ -30,7 +30,6 @@ def test_auto_follows_the_number_of_rows(rows: int, epochs: int, batch: int) -> 
     assert (made.n_epochs, made.batch_size) == (epochs, batch)
     assert made.hyperparameters == Hyperparameters(n_epochs=epochs, batch_size=batch, learning_rate_multiplier=1.0)
     assert made.total_steps == epochs * -(-rows // batch)
-    assert len(made.reasons) == 4
 
 
 def test_what_is_asked_is_done() -> None:
