@@ -8,6 +8,7 @@ A step that fails ends the sequences it computed; the others go on.
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Ids
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from tuneloom.engine.options import EngineConfig
 from tuneloom.engine.prefix import PrefixCache
 from tuneloom.engine.sampler import SamplingState, sample
 from tuneloom.engine.scheduler import Limits, Outcome, Scheduler, Work
+from tuneloom.engine.scoring import score
 from tuneloom.engine.sequence import Sequence
 from tuneloom.errors import AdapterRejected, ContextLengthExceeded, InvalidRequest, Overloaded, TuneloomError
 from tuneloom.generation import FinishReason
@@ -175,6 +177,19 @@ class EngineCore:
             events += self._run(work, started)
             self._compact()
         return events
+
+    @torch.inference_mode()
+    def score(self, ids: Ids[int], places: Ids[int], adapter: AdapterRef | None = None) -> list[float]:
+        """Log-probabilities of the tokens of `ids` at ascending `places`, each given the tokens before it.
+
+        Computed between steps and as a prompt is: nothing is sampled, kept or counted.
+
+        Raises:
+            AdapterRejected: the adapter does not fit this base.
+            Overloaded: at this moment there is no room.
+        """
+        timeout_s = self.config.adapter_timeout_s
+        return score(self._parts, self.adapters, ids, places, adapter, timeout_s=timeout_s)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler

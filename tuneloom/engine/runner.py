@@ -73,6 +73,15 @@ class Runner:
         )
         return self._call(ids, positions, samples, StepAttention(self._cache, batch))
 
+    def read(self, ids: Rows[int], start: int, keep: Rows[int], *, cache_slot: int, adapter_slot: int) -> Tensor | None:
+        """Logits (K, V) behind the tokens `keep` of `ids`, a piece of one sequence from position `start`.
+
+        None if there are none to keep. The cache holds what comes before the piece, and the piece afterwards.
+        """
+        batch = CacheBatch([], [], [Chunk(cache_slot, 0, len(ids), start)], self._device)
+        self.lora.plan([], [(adapter_slot, len(ids))], self._device)
+        return self._call(ids, range(start, start + len(ids)), keep, StepAttention(self._cache, batch))
+
     def _call(self, ids: Rows[int], positions: Rows[int], samples: Rows[int], step: StepAttention) -> Tensor | None:
         arguments = {
             "input_ids": torch.tensor([ids], device=self._device),

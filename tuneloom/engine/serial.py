@@ -156,7 +156,17 @@ class SerialRunner:
         logits = self._call(sequence.tokens(start, start + count), start)
         return logits if is_last else None
 
-    def _call(self, ids: list[int], start: int) -> Tensor:
+    def read(
+        self, ids: Sequence[int], start: int, keep: Sequence[int], *, cache_slot: int, adapter_slot: int
+    ) -> Tensor | None:
+        """As `Runner.read`. A model that cannot be fed in chunks gets its pieces whole: a step has room for them."""
+        assert not start or self.feeding == "in chunks"
+        self.lora.use(adapter_slot)
+        logits = self._call(list(ids), start, keep)
+        return logits if keep else None
+
+    def _call(self, ids: list[int], start: int, keep: Sequence[int] = ()) -> Tensor:
+        """Logits behind the tokens `keep`, or behind the last one."""
         if not start:
             self._state = {}
         arguments: dict[str, Any] = {
@@ -166,12 +176,12 @@ class SerialRunner:
         }
         if "position_ids" in self._takes:
             arguments["position_ids"] = torch.arange(start, start + len(ids), device=self._device)[None]
-        if "logits_to_keep" in self._takes:
-            arguments["logits_to_keep"] = 1
+        if takes_places := "logits_to_keep" in self._takes:
+            arguments["logits_to_keep"] = torch.tensor(keep, device=self._device) if keep else 1
         out = self._model(**arguments)
         if self.feeding != "anew":
             self._state = {name: out[name] for name in _CACHES if out.get(name) is not None}
-        return out.logits[:, -1]
+        return out.logits[0] if takes_places else out.logits[0, list(keep) or [-1]]
 
     def _find_feeding(self, loaded: LoadedModel) -> Feeding:
         """The quickest way that gives what the model gives for all tokens at once."""
