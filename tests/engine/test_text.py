@@ -105,6 +105,23 @@ def test_a_template_that_rewrites_what_came_before_an_answer_is_refused(codec: C
         codec.encode_training(CHAT)
 
 
+@pytest.mark.parametrize("template", [CHATML, SMOLLM2, REASONING, REWRITING])
+def test_a_batch_is_each_conversation_by_itself(codec: Codec, tiny_base: Path, template: str):
+    codec = with_template(codec, tiny_base, template)
+    chats = [CHAT, CHAT[:2], [*CHAT[:2], CHAT[2]], [CHAT[1]], [{**CHAT[0], "content": [{"type": "x"}]}, CHAT[1]]]
+
+    def alone(chat: list[dict[str, Any]]) -> Any:
+        try:
+            return codec.encode_training(chat)
+        except InvalidRequest as error:
+            return error.message
+
+    batch = codec.encode_training_batch([(chat, ()) for chat in chats])
+    assert [found.message if isinstance(found, InvalidRequest) else found for found in batch] == list(map(alone, chats))
+    texts = ["", "hello", "hello café 🙂 " * 20]
+    assert codec.encode_texts(texts) == [codec.encode_text(text) for text in texts]
+
+
 def test_text_parts_are_joined_and_other_parts_refused(codec: Codec):
     parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "sun"}]
     joined = codec.encode_chat([{"role": "user", "content": "hello sun"}])

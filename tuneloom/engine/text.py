@@ -6,7 +6,8 @@ ids before an answer are the same whether the answer is to be generated or is al
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ class Codec:
 
     def encode_text(self, text: str) -> list[int]:
         """The ids of plain text, with the special tokens that the tokenizer adds by default, BOS once."""
-        ids = self._backend.encode(text, add_special_tokens=True).ids
-        return ids[1:] if self._bos_id is not None and ids[:2] == [self._bos_id] * 2 else ids
+        return self._without_second_bos(self._backend.encode(text, add_special_tokens=True).ids)
 
     def encode_training(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
@@ -97,19 +97,50 @@ class Codec:
         Raises:
             InvalidRequest: no answer can be learned for that reason, or the template refuses the messages.
         """
-        answers = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and m.get("weight", 1) != 0]
-        plain = _plain(messages)
-        text = self._render(plain, tools, wants_answer=False)
-        ids = self._encode(text)
+        (encoded,) = self.encode_training_batch([(messages, tools)])
+        if isinstance(encoded, InvalidRequest):
+            raise encoded
+        return encoded
+
+    def encode_training_batch(
+        self, conversations: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]]
+    ) -> list[tuple[list[int], list[bool]] | InvalidRequest]:
+        """`encode_training` of each `(messages, tools)`, or what it raises; the pieces of all are encoded at once."""
+        drafts = [self._draft(messages, tools) for messages, tools in conversations]
+        texts = [text for draft in drafts if isinstance(draft, _Draft) for text in draft.texts]
+        known = self._encode_pieces({piece for text in texts for piece in _cut(text, self._cut_after)})
+        return [self._label(draft, known) if isinstance(draft, _Draft) else draft for draft in drafts]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_text` of each, all at once."""
+        return [self._without_second_bos(found.ids) for found in self._backend.encode_batch_fast(list(texts))]
+
+    def _draft(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> "_Draft | InvalidRequest":
+        wanted = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and m.get("weight", 1) != 0]
+        try:
+            plain = _plain(messages)
+            text = self._render(plain, tools, wants_answer=False)
+            answers = []
+            for i in wanted:
+                before = self._render(plain[:i], tools, wants_answer=True) if i else None
+                if before is not None and text.startswith(before):
+                    answers.append((before, self._render(plain[: i + 1], tools, wants_answer=False)))
+        except InvalidRequest as error:
+            return error
+        return _Draft(text, bool(wanted), answers)
+
+    def _label(self, draft: "_Draft", known: Mapping[str, list[int]]) -> tuple[list[int], list[bool]] | InvalidRequest:
+        text, ids = draft.text, self._encode(draft.text, known)
         mask = [False] * len(ids)
-        for i in answers:
-            start = self._stable_length(text, ids, self._render(plain[:i], tools, wants_answer=True)) if i else None
+        for before, after in draft.answers:
+            start = self._stable_length(text, ids, before, known)
             if start is not None:
-                after = self._stable_length(text, ids, self._render(plain[: i + 1], tools, wants_answer=False))
-                end = self._answer_end(ids, start, after)
+                end = self._answer_end(ids, start, self._stable_length(text, ids, after, known))
                 mask[start:end] = [True] * (end - start)
-        if answers and not any(mask):
-            raise InvalidRequest(
+        if draft.wants_answers and not any(mask):
+            return InvalidRequest(
                 "The base's chat template renders these messages so that no answer follows from what comes before it. "
                 "Start the conversation with a user message, and check the order of roles.",
                 param="messages",
@@ -129,14 +160,24 @@ class Codec:
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary
 
-    def _encode(self, text: str) -> list[int]:
-        """Ids of rendered text. The template is the authority on special tokens, but for a BOS that it forgot."""
+    def _encode(self, text: str, known: Mapping[str, list[int]] | None = None) -> list[int]:
+        """Ids of rendered text, its pieces from `known` if given.
+
+        The template is the authority on special tokens, but for a BOS that it forgot.
+        """
         ids: list[int] = []
         for piece in _cut(text, self._cut_after):
-            ids += self._backend.encode(piece, add_special_tokens=False).ids
+            ids += known[piece] if known else self._backend.encode(piece, add_special_tokens=False).ids
         if self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids.insert(0, self._bos_id)
         return ids
+
+    def _encode_pieces(self, pieces: Collection[str]) -> dict[str, list[int]]:
+        encoded = self._backend.encode_batch_fast(list(pieces), add_special_tokens=False)
+        return {piece: found.ids for piece, found in zip(pieces, encoded, strict=True)}
+
+    def _without_second_bos(self, ids: list[int]) -> list[int]:
+        return ids[1:] if self._bos_id is not None and ids[:2] == [self._bos_id] * 2 else ids
 
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]], *, wants_answer: bool
@@ -168,11 +209,11 @@ class Codec:
                 f"The base's chat template refuses these messages: {error}", param="messages"
             ) from error
 
-    def _stable_length(self, text: str, ids: list[int], prefix: str) -> int | None:
+    def _stable_length(self, text: str, ids: list[int], prefix: str, known: Mapping[str, list[int]]) -> int | None:
         """How many of `ids` encode `prefix`, or None if it is no prefix of `text`, as text or as ids."""
         if not text.startswith(prefix):
             return None
-        prefix_ids = self._encode(prefix)
+        prefix_ids = self._encode(prefix, known)
         return len(prefix_ids) if ids[: len(prefix_ids)] == prefix_ids else None
 
     def _answer_end(self, ids: list[int], start: int, after: int | None) -> int:
@@ -208,6 +249,19 @@ class Codec:
             return self._render([{"role": "user", "content": "a"}, *more], (), wants_answer=wants_answer)
         except InvalidRequest:
             return ""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A rendered conversation; of each answer that may be learned, the text before it and up to its end."""
+
+    text: str
+    wants_answers: bool
+    answers: list[tuple[str, str]]
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.text, *(text for answer in self.answers for text in answer)]
 
 
 class TextStream:
