@@ -7,12 +7,29 @@ A file is JSON Lines in UTF-8, one format throughout, told by the first row:
     instruction, input?, output     one user turn (instruction, blank line, input) and one answer
     input, output                   one user turn and one answer
     text                            plain text, learned whole
+    conversations                   ShareGPT: `from` and `value`
 
-Each row becomes a `Conversation`, a `Pair` or a `Text`. Problems carry their line; the first `MAX_PROBLEMS` are kept
-and the rest counted. Memory is bounded by the longest line allowed.
+and for DPO
+
+    input, preferred_output, non_preferred_output     OpenAI's; also `preferred_completion`, `non_preferred_completion`
+    prompt, chosen, rejected                          TRL's: three strings, or three lists of chat messages
+
+Each row becomes a `Conversation`, a `Pair`, a `Text` or a `Preference`. Problems carry their line; the first
+`MAX_PROBLEMS` are kept and the rest counted. Memory is bounded by the longest line allowed.
 """
 
-from tuneloom.rows.formats import Conversation, Pair, Row, Text
+from tuneloom.rows.formats import Conversation, Method, Pair, Preference, Row, Text
 from tuneloom.rows.scan import MAX_LINE_BYTES, MAX_PROBLEMS, Problem, Scan
 
-__all__ = ["MAX_LINE_BYTES", "MAX_PROBLEMS", "Conversation", "Pair", "Problem", "Row", "Scan", "Text"]
+__all__ = [
+    "MAX_LINE_BYTES",
+    "MAX_PROBLEMS",
+    "Conversation",
+    "Method",
+    "Pair",
+    "Preference",
+    "Problem",
+    "Row",
+    "Scan",
+    "Text",
+]

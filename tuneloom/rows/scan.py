@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from tuneloom.rows.fields import Wrong, kind_of, quoted
-from tuneloom.rows.formats import Row, format_of
+from tuneloom.rows.formats import Method, Row, check_method, format_of
 
 MAX_PROBLEMS = 100
 MAX_LINE_BYTES = 8 << 20
@@ -26,9 +26,11 @@ class Problem:
 class Scan:
     """One pass over a file. `rows` yields the good rows; counts and problems are complete when it is exhausted.
 
-    `limit` is the number of problems kept; `problem_count` counts all.
+    `limit` is the number of problems kept; `problem_count` counts all. Rows that `method` cannot learn are problems;
+    None takes those of any.
     """
 
+    method: Method | None = "supervised"
     min_rows: int = 1
     limit: int = MAX_PROBLEMS
     max_line_bytes: int = MAX_LINE_BYTES
@@ -68,12 +70,14 @@ class Scan:
 
     def _row(self, raw: bytes) -> Row:
         data = _parse(raw)
-        name, read = format_of(data)
+        format_ = format_of(data)
+        if self.method is not None:
+            check_method(format_, self.method)
         if self.format is None:
-            self.format = name
-        elif name != self.format:
-            raise Wrong(f"This row has the format {name}, the first row {self.format}. A file has one format.")
-        return read(data)
+            self.format = format_.name
+        elif format_.name != self.format:
+            raise Wrong(f"This row has the format {format_.name}, the first row {self.format}. A file has one format.")
+        return format_.read(data)
 
     def _finish(self) -> None:
         if self.num_rows == 0:

@@ -8,35 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.rows.conftest import ANSWER, SKIPPED, USER, chat, only_problem, scan
 from tuneloom.rows import Conversation, Pair, Row, Scan, Text
-
-USER = {"role": "user", "content": "hi"}
-ANSWER = {"role": "assistant", "content": "hello"}
-SKIPPED = {**ANSWER, "weight": 0}
-
-
-def scan(*lines: bytes | str | dict[str, Any], **options: Any) -> tuple[list[Row], Scan]:
-    """The good rows and the finished scan of a file made of these lines."""
-    encoded = [line if isinstance(line, bytes) else _text(line).encode() for line in lines]
-    result = Scan(**options)
-    rows = [row for _, row in result.rows(io.BytesIO(b"\n".join(encoded)))]
-    return rows, result
-
-
-def _text(line: str | dict[str, Any]) -> str:
-    return line if isinstance(line, str) else json.dumps(line)
-
-
-def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"messages": list(messages), **more}
-
-
-def only_problem(line: bytes | str | dict[str, Any]) -> str:
-    rows, result = scan(chat(USER, ANSWER), line)
-    assert len(rows) == 1
-    assert result.problem_count == 1
-    assert result.problems[0].line == 2
-    return result.problems[0].message
 
 
 @pytest.mark.parametrize(
@@ -62,6 +35,29 @@ def only_problem(line: bytes | str | dict[str, Any]) -> str:
         ({"instruction": "hi", "input": "", "output": "hello"}, Conversation((USER, ANSWER))),
         ({"input": "hi", "output": "hello"}, Conversation((USER, ANSWER))),
         ({"text": "once"}, Text("once")),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "id": "x"},
+            Conversation((USER, ANSWER)),
+        ),
+        (
+            {
+                "system": "Be kind.",
+                "conversations": [
+                    USER,
+                    {"from": "gpt", "value": "hello", "weight": 0},
+                    {"from": "tool", "value": "3"},
+                    {"from": "assistant", "value": "hello"},
+                ],
+            },
+            Conversation(
+                ({"role": "system", "content": "Be kind."}, USER, SKIPPED, {"role": "tool", "content": "3"}, ANSWER)
+            ),
+        ),
+        (chat(USER, {"content": "hello", "role": "assistant"}), Conversation((USER, ANSWER))),
+        (
+            chat(USER, {**ANSWER, "refusal": None, "annotations": [], "audio": None, "tool_calls": None}),
+            Conversation((USER, ANSWER)),
+        ),
     ],
 )
 def test_each_format_becomes_its_row(row: dict[str, Any], expected: Row) -> None:
@@ -156,6 +152,14 @@ def test_a_wrong_line_is_named_with_its_reason(line: bytes | str | dict[str, Any
         ({"instruction": "a", "input": 3, "output": "b"}, "`input` is a number"),
         ({"input": "a"}, "`output` is missing"),
         ({"text": 7}, "`text` is a number"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "`conversations[0]`: unknown `from` `bot`"),
+        ({"conversations": [{"value": "x"}]}, "`conversations[0]`: `from` is missing"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "`from` is an array"),
+        ({"conversations": [{"from": "gpt", "value": 1}]}, "`value` is a number"),
+        ({"conversations": [{"from": "gpt", "value": ""}]}, "`content` is empty"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "no message with the role `assistant`"),
+        ({"conversations": [{"from": "system", "value": "x"}], "system": "y"}, "not both"),
+        (chat(USER, {**ANSWER, "audio": {"id": "x"}}), "`audio`"),
         ({"text": "a", "label": "b"}, "`label`"),
     ],
 )
