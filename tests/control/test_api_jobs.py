@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.control.conftest import BASE, assert_error
-from tuneloom.domain import Checkpoint, Model, model_id
+from tuneloom.domain import AdapterRef, Checkpoint, Model, Version, model_id, version_id
 
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -56,7 +56,25 @@ def test_an_alias_is_trained_on_its_base_and_shown_as_it_was_asked_for(api):
             "method.supervised.hyperparameters.n_epochs",
             "from 1 to 50",
         ),
-        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}}, "method.type", "`dpo`"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}},
+            "method.dpo.hyperparameters.beta",
+            "at most 2",
+        ),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised", "`dpo`"),
+        ({"tuneloom": {"early_stopping_patience": 2}}, "tuneloom.early_stopping_patience", "validation_file"),
+        ({"tuneloom": {"evaluate_every_steps": 2}}, "tuneloom.evaluate_every_steps", "validation_file"),
+        (
+            {"tuneloom": {"early_stopping_min_delta": 0.1, "validation_share": 0.1}},
+            "tuneloom.early_stopping_min_delta",
+            "early_stopping_patience",
+        ),
+        (
+            {"hyperparameters": {"batch_size": 6}, "tuneloom": {"accumulation_steps": 4}},
+            "tuneloom.accumulation_steps",
+            "Use one of 1, 2, 3, 6.",
+        ),
+        ({"tuneloom": {"warm_start": "nobody@v1"}}, "tuneloom.warm_start", "no version or checkpoint `nobody@v1`"),
         ({"method": {"type": "reinforcement"}}, "method.type", "`reinforcement`"),
         ({"method": {"type": "magic"}}, "method.type", ""),
         ({"method": {}}, "method.type", "Missing"),
@@ -89,6 +107,45 @@ def test_the_two_forms_of_hyperparameters_must_agree(api):
     assert api.create_job(method=method, hyperparameters={"n_epochs": 3})["hyperparameters"]["n_epochs"] == 3
     body = {"model": BASE, "training_file": api.upload(), "method": method, "hyperparameters": {"n_epochs": 2}}
     assert_error(api.post(JOBS, json=body), 400, "hyperparameters", "differ")
+
+
+def test_dpo_has_a_beta_of_its_own(api):
+    job = api.create_job(method={"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2}}})
+    expected = {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": "auto", "beta": "auto"}
+    assert job["method"] == {"type": "dpo", "dpo": {"hyperparameters": expected}}
+    job = api.create_job(method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3}}})
+    assert job["method"]["dpo"]["hyperparameters"]["beta"] == 0.3
+    assert api.store.records.jobs.get(job["id"]).value.spec.method == "dpo"
+    assert api.create_job(method={"type": "dpo"})["method"]["dpo"]["hyperparameters"]["beta"] == "auto"
+
+
+def test_a_validation_share_and_a_validation_file_do_not_go_together(api):
+    body = {"model": BASE, "training_file": api.upload(), "validation_file": api.upload()}
+    answer = api.post(JOBS, json={**body, "tuneloom": {"validation_share": 0.1}})
+    assert_error(answer, 400, "tuneloom.validation_share", "`validation_file`")
+
+
+def test_a_job_starts_from_the_adapter_that_a_name_stands_for_when_it_is_created(api):
+    adapter = AdapterRef(sha256="a" * 64, uri="jobs/x/a1/adapter", rank=4, size_bytes=9)
+    for name, base in (("mine", BASE), ("foreign", "other/base")):
+        model = Model(id=model_id("ada", name), owner="ada", name=name, base=base, created_at=1.0, active=1)
+        version = Version(
+            id=version_id("ada", name, 1),
+            owner="ada",
+            model=name,
+            number=1,
+            base=base,
+            ft_name=f"ft:{base}:ada:{name}:1",
+            adapter=adapter,
+            created_at=1.0,
+        )
+        records = api.store.records
+        records.commit(records.models.create(model), records.versions.create(version))
+    for name in ("mine", "mine@v1", f"ft:{BASE}:ada:mine:1"):
+        job = api.create_job(tuneloom={"warm_start": name})
+        assert api.store.records.jobs.get(job["id"]).value.spec.warm_start == adapter
+    body = {"model": BASE, "training_file": api.upload(), "tuneloom": {"warm_start": "foreign"}}
+    assert_error(api.post(JOBS, json=body), 400, "tuneloom.warm_start", "`other/base`")
 
 
 def test_an_unknown_model_is_not_found_and_a_tuned_one_is_not_trained_on(api):

@@ -12,11 +12,12 @@ from starlette.routing import Route
 from tuneloom.control import files, jobs, models, repeat
 from tuneloom.control.body import digest, identify, parse, read_json, retry_count
 from tuneloom.control.context import ApiContext, caller, in_thread, query_int
-from tuneloom.control.job_body import CreateJob, check_supported, hyperparameters_of
+from tuneloom.control.job_body import CreateJob, check_supported, hyperparameters_of, method_of
 from tuneloom.control.jobs import History, JobEvent
 from tuneloom.control.pages import read_page
 from tuneloom.control.retry import retry
 from tuneloom.domain import (
+    AdapterRef,
     Checkpoint,
     Event,
     File,
@@ -25,6 +26,7 @@ from tuneloom.domain import (
     JobState,
     TrainOptions,
     check_model_name,
+    check_settings_agree,
     model_id,
     model_name,
     new_id,
@@ -74,10 +76,13 @@ class JobsApi:
             validation_file=body.validation_file or None,
             suffix=self._check_suffix(body.suffix),
             seed=random.SystemRandom().randrange(2**31) if body.seed is None else body.seed,
+            method=method_of(body),
             hyperparameters=hyperparameters_of(body),
             options=self._check_options(body),
+            warm_start=self._warm_start_of(owner, body),
             metadata=body.metadata,
         )
+        check_settings_agree(spec)
 
         def make() -> tuple[str, Job, list[Write]]:
             needed = self._files_of(owner, spec)
@@ -210,11 +215,28 @@ class JobsApi:
         found = find_named(self._records, owner, name)
         if found is not None and found.model is not None:
             raise UnsupportedParameter(
-                f"`{name}` is a fine-tuned model, and training on from one is not supported. "
-                f"Use its base, `{found.model.value.base}`.",
+                f"`{name}` is a fine-tuned model. To train on from it, use its base, `{found.model.value.base}`, and "
+                f"`{name}` as `tuneloom.warm_start`.",
                 param="model",
             )
         raise ModelNotFound.named(name[:512])
+
+    def _warm_start_of(self, owner: str, body: CreateJob) -> AdapterRef | None:
+        """The adapter that the job is to train on."""
+        name = body.tuneloom.warm_start if body.tuneloom else None
+        if name is None:
+            return None
+        found = find_named(self._records, owner, name)
+        start = (found.version or found.checkpoint) if found else None
+        param, base = "tuneloom.warm_start", self._base_of(owner, body.model)
+        if start is None:
+            raise InvalidRequest(f"`{param}`: there is no version or checkpoint `{name[:200]}`.", param=param)
+        if start.value.base != base:
+            raise InvalidRequest(
+                f"`{param}`: `{name}` is on the base `{start.value.base}`, not `{base}`. Train on its base.",
+                param=param,
+            )
+        return start.value.adapter
 
     def _check_suffix(self, suffix: str | None) -> str | None:
         if suffix is None:
@@ -260,7 +282,7 @@ class JobsApi:
 
 def show_job(job: Job) -> dict[str, Any]:
     """A job as the clients know it. `model` is the name that was asked for; `tuneloom` has what is only ours."""
-    hyperparameters = (job.resolved or job.spec.hyperparameters).model_dump(mode="json")
+    hyperparameters = (job.resolved or job.spec.hyperparameters).model_dump(mode="json", exclude_none=True)
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -289,6 +311,7 @@ def show_job(job: Job) -> dict[str, Any]:
             "attempt": job.attempt,
             "losses": job.losses,
             "options": job.spec.options.model_dump(mode="json"),
+            "settings": [setting.model_dump(mode="json") for setting in job.settings],
         },
     }
 

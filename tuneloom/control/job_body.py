@@ -22,14 +22,24 @@ class HyperparametersBody(Body):
     ] = "auto"
 
 
+class DpoHyperparametersBody(HyperparametersBody):
+    """The three, and how far the answers may move from those of the base: less for a larger `beta`."""
+
+    beta: Annotated[float | Literal["auto"], auto_or(float, 1e-6, 2, "a number above 0, at most 2")] = "auto"
+
+
 class SupervisedBody(Body):
     hyperparameters: HyperparametersBody | None = None
+
+
+class DpoBody(Body):
+    hyperparameters: DpoHyperparametersBody | None = None
 
 
 class MethodBody(Body):
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: SupervisedBody | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: DpoBody | None = None
     reinforcement: dict[str, Any] | None = None
 
 
@@ -49,13 +59,15 @@ class CreateJob(Body):
 def check_supported(body: CreateJob) -> None:
     """Refuse by name what the API knows and we cannot do."""
     method = body.method
-    if method is not None and method.type != "supervised":
+    if method is not None and method.type == "reinforcement":
         raise UnsupportedParameter(
-            f"The method `{method.type}` is not supported. Use `supervised`.", param="method.type"
+            "The method `reinforcement` is not supported. Use `supervised` or `dpo`.", param="method.type"
         )
-    for other in ("dpo", "reinforcement"):
-        if method is not None and getattr(method, other) is not None:
-            raise InvalidRequest(f"`method.{other}` does not go with the type `supervised`.", param=f"method.{other}")
+    for other in ("supervised", "dpo", "reinforcement"):
+        if method is not None and other != method.type and getattr(method, other) is not None:
+            raise InvalidRequest(
+                f"`method.{other}` does not go with the type `{method.type}`.", param=f"method.{other}"
+            )
     if body.integrations:
         raise UnsupportedParameter(
             "`integrations` are not supported. Leave the field out; metrics are in the job's events and result file.",
@@ -63,13 +75,20 @@ def check_supported(body: CreateJob) -> None:
         )
 
 
+def method_of(body: CreateJob) -> Literal["supervised", "dpo"]:
+    """The method of a body that `check_supported` has let through."""
+    return "dpo" if body.method is not None and body.method.type == "dpo" else "supervised"
+
+
 def hyperparameters_of(body: CreateJob) -> Hyperparameters:
-    """From `method.supervised`, or the older field; both may come if they agree."""
-    method = body.method.supervised.hyperparameters if body.method and body.method.supervised else None
-    if method is not None and body.hyperparameters is not None and method != body.hyperparameters:
+    """From the object of the method, or the older field; both may come if they agree on the three of it."""
+    name = method_of(body)
+    own: DpoBody | SupervisedBody | None = getattr(body.method, name) if body.method else None
+    method, older = own.hyperparameters if own else None, body.hyperparameters
+    if method is not None and older is not None and method.model_dump(exclude={"beta"}) != older.model_dump():
         raise InvalidRequest(
-            "`hyperparameters` and `method.supervised.hyperparameters` differ. Give one of them.",
+            f"`hyperparameters` and `method.{name}.hyperparameters` differ. Give one of them.",
             param="hyperparameters",
         )
-    chosen = method or body.hyperparameters or HyperparametersBody()
-    return Hyperparameters.model_validate(chosen.model_dump())
+    chosen = (method or older or HyperparametersBody()).model_dump()
+    return Hyperparameters.model_validate({"beta": "auto", **chosen} if name == "dpo" else chosen)

@@ -44,6 +44,7 @@ from tuneloom.domain.training import (
     TrainOptions,
     Usage,
     WandbIntegration,
+    check_settings_agree,
 )
 from tuneloom.domain.values import ALL_SCOPES, DEFAULT_CONTEXT_LENGTH, LOCAL_OWNER, AdapterRef, Principal, Scope, Target
 
@@ -85,6 +86,7 @@ __all__ = [
     "WandbIntegration",
     "adapter_sha256",
     "check_model_name",
+    "check_settings_agree",
     "checkpoint_name",
     "event_id",
     "ft_name",

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tuneloom.domain.values import AdapterRef
+from tuneloom.errors import InvalidRequest
 
 
 class Hyperparameters(BaseModel):
@@ -85,6 +86,31 @@ class JobSpec(BaseModel):
     warm_start: AdapterRef | None = None
     wandb: tuple[WandbIntegration, ...] = ()
     metadata: dict[str, str] | None = None
+
+
+def check_settings_agree(spec: JobSpec) -> None:
+    """Refuse settings of which one contradicts another, or has no effect without it.
+
+    Raises:
+        InvalidRequest: the message names both.
+    """
+    options, batch = spec.options, spec.hyperparameters.batch_size
+    passes = options.accumulation_steps
+    if passes and batch != "auto" and batch % passes:
+        divisors = ", ".join(str(number) for number in range(1, batch + 1) if batch % number == 0)
+        _refuse("accumulation_steps", f"{passes} does not divide `batch_size` {batch}. Use one of {divisors}.")
+    if options.validation_share is not None and spec.validation_file is not None:
+        _refuse("validation_share", "does not go with `validation_file`. Give one of them.")
+    if spec.validation_file is None and options.validation_share is None:
+        for name in ("early_stopping_patience", "evaluate_every_steps"):
+            if getattr(options, name) is not None:
+                _refuse(name, "needs rows to validate on. Give a `validation_file` or a `validation_share`.")
+    if options.early_stopping_min_delta and options.early_stopping_patience is None:
+        _refuse("early_stopping_min_delta", "has no effect without `early_stopping_patience`. Give both.")
+
+
+def _refuse(name: str, reason: str) -> None:
+    raise InvalidRequest(f"`tuneloom.{name}` {reason}", param=f"tuneloom.{name}")
 
 
 class Setting(BaseModel):
