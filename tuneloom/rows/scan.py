@@ -1,12 +1,12 @@
 """One pass over a file of rows in bounded memory: lines, encoding, JSON, and the list of problems."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from tuneloom.rows.fields import Wrong, kind_of, quoted
+from tuneloom.rows.fields import Wrong
 from tuneloom.rows.formats import Method, Row, check_method, format_of
+from tuneloom.rows.parse import parse
 
 MAX_PROBLEMS = 100
 MAX_LINE_BYTES = 8 << 20
@@ -69,7 +69,7 @@ class Scan:
         self._finish()
 
     def _row(self, raw: bytes) -> Row:
-        data = _parse(raw)
+        data = parse(raw)
         format_ = format_of(data)
         if self.method is not None:
             check_method(format_, self.method)
@@ -97,43 +97,6 @@ def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]
         while line and not line.endswith(b"\n"):
             line = file.readline(1 << 20)
         yield number, None
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Wrong(f"Not UTF-8: byte {error.start + 1} of the line is 0x{raw[error.start]:02x}.") from None
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
-        if "\\u" in text:
-            json.dumps(data, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise Wrong(f"Not JSON: {error.msg} at column {error.colno}.") from None
-    except RecursionError:
-        raise Wrong("Not usable JSON: it is nested too deeply.") from None
-    except UnicodeEncodeError:
-        raise Wrong("A string holds half of a character: a `\\ud800`-`\\udfff` escape without its pair.") from None
-    except ValueError as error:
-        raise Wrong(f"Not usable JSON: {error}.") from None
-    if isinstance(data, list):
-        raise Wrong("The line is a JSON array. Write one JSON object per line, without an array around them.")
-    if not isinstance(data, dict):
-        raise Wrong(f"The line is {kind_of(data)}, not a JSON object.")
-    return data
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"`{name}` is not a JSON number")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {quoted(twice)} appears twice in one object")
-    return data
 
 
 def _count(number: int, noun: str) -> str:
