@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from tuneloom.engine.text import Codec
-from tuneloom.rows import Conversation, Pair, Text
+from tuneloom.errors import InvalidRequest
+from tuneloom.rows import Conversation, Pair, Preference, Text
 from tuneloom.train.render import Renderer
 
 USER = {"role": "user", "content": "say yes or no"}
@@ -75,3 +76,38 @@ def test_text_is_learned_whole_with_an_end(renderer: Renderer, codec: Codec) -> 
 def test_all_can_be_learned_on_demand(tiny_base: Path) -> None:
     example = Renderer.load(tiny_base, learn_all=True).render(Conversation((USER, YES)))
     assert all(example.learned)
+
+
+def test_where_the_last_answer_begins_is_the_length_of_the_prompt(renderer: Renderer, codec: Codec) -> None:
+    example = renderer.render(Conversation((USER, YES, USER, NO)))
+    assert example.prompt_length == len(codec.encode_chat([USER, YES, USER]))
+    assert renderer.render(Pair("left", " right")).prompt_length == len(codec.encode_text("left"))
+    assert renderer.render(Text("left right")).prompt_length == 0
+
+
+def test_a_preference_is_one_prompt_as_serving_makes_it_with_two_answers(renderer: Renderer, codec: Codec) -> None:
+    example = renderer.render_preference(Preference((USER, YES, USER), NO, YES))
+    prompt = codec.encode_chat([USER, YES, USER])
+    assert example.prompt == prompt
+    for answered, text in ((example.chosen, "no maybe"), (example.rejected, "yes")):
+        assert answered.ids[: len(prompt)] == prompt and not any(answered.learned[: len(prompt)])
+        assert learned(answered, codec) == [*codec.encode_text(text), END_OF_TURN]
+
+
+def test_a_preference_of_plain_text_ends_its_answers_with_the_end_of_text(renderer: Renderer, codec: Codec) -> None:
+    example = renderer.render_preference(Preference("left right", " up", " down"))
+    assert example.prompt == codec.encode_text("left right")
+    assert learned(example.chosen, codec) == [*codec.encode_text(" up"), END_OF_TURN]
+    assert learned(example.rejected, codec) == [*codec.encode_text(" down"), END_OF_TURN]
+
+
+def test_a_batch_is_each_row_by_itself_with_its_error_in_its_place(renderer: Renderer) -> None:
+    bad = Conversation((YES,))
+    rows = [Text("red"), Conversation((USER, YES)), bad, Pair("sar", "castic"), Preference((USER,), YES, NO), Text("b")]
+    batch = renderer.render_batch(rows)
+    assert isinstance(batch.pop(2), InvalidRequest)
+    rows.remove(bad)
+    alone = [renderer.render_preference(r) if isinstance(r, Preference) else renderer.render(r) for r in rows]
+    assert batch == alone
+    with pytest.raises(InvalidRequest, match="no answer follows"):
+        renderer.render(bad)
