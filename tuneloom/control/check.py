@@ -18,7 +18,7 @@ from typing import IO, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from tuneloom.domain import JobError
+from tuneloom.domain import JobError, Setting
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,17 @@ class Problem(BaseModel):
         return self.message if self.line is None else f"line {self.line}: {self.message}"
 
 
+class Planned(BaseModel):
+    """What the run will do if it is let in: tokens over all epochs, those of all evaluations, and its most memory."""
+
+    settings: tuple[Setting, ...] = ()
+    tokens: int
+    evaluated_tokens: int = 0
+    steps: int
+    memory_bytes: int = 0
+    memory_parts: dict[str, int] = {}
+
+
 class CheckReport(BaseModel):
     """What the check found, as the process prints it. `problems` may be the first of `problem_count`."""
 
@@ -49,6 +60,7 @@ class CheckReport(BaseModel):
     rows: int = 0
     tokens: int = 0
     warnings: list[str] = []
+    planned: Planned | None = None
 
 
 class Checker(Protocol):
