@@ -17,7 +17,6 @@ from tuneloom.control.jobs import History, JobEvent
 from tuneloom.control.pages import read_page
 from tuneloom.control.retry import retry
 from tuneloom.domain import (
-    AdapterRef,
     Checkpoint,
     Event,
     File,
@@ -33,7 +32,7 @@ from tuneloom.domain import (
 )
 from tuneloom.errors import Conflict, InvalidFile, InvalidRequest, ModelNotFound, NotFound, UnsupportedParameter
 from tuneloom.store.base import Write
-from tuneloom.store.names import find_named
+from tuneloom.store.names import find_named, find_start
 from tuneloom.store.records import Stored, Table
 
 
@@ -70,8 +69,9 @@ class JobsApi:
     def _create(self, request: Request, owner: str, raw: bytes) -> Job:
         body = parse(CreateJob, raw)
         check_supported(body)
+        base, start = self._base_of(owner, body.model), body.tuneloom and body.tuneloom.warm_start
         spec = JobSpec(
-            base=self._base_of(owner, body.model),
+            base=base,
             training_file=body.training_file,
             validation_file=body.validation_file or None,
             suffix=self._check_suffix(body.suffix),
@@ -79,7 +79,7 @@ class JobsApi:
             method=method_of(body),
             hyperparameters=hyperparameters_of(body),
             options=self._check_options(body),
-            warm_start=self._warm_start_of(owner, body),
+            warm_start=None if start is None else find_start(self._records, owner, start, base),
             metadata=body.metadata,
         )
         check_settings_agree(spec)
@@ -220,23 +220,6 @@ class JobsApi:
                 param="model",
             )
         raise ModelNotFound.named(name[:512])
-
-    def _warm_start_of(self, owner: str, body: CreateJob) -> AdapterRef | None:
-        """The adapter that the job is to train on."""
-        name = body.tuneloom.warm_start if body.tuneloom else None
-        if name is None:
-            return None
-        found = find_named(self._records, owner, name)
-        start = (found.version or found.checkpoint) if found else None
-        param, base = "tuneloom.warm_start", self._base_of(owner, body.model)
-        if start is None:
-            raise InvalidRequest(f"`{param}`: there is no version or checkpoint `{name[:200]}`.", param=param)
-        if start.value.base != base:
-            raise InvalidRequest(
-                f"`{param}`: `{name}` is on the base `{start.value.base}`, not `{base}`. Train on its base.",
-                param=param,
-            )
-        return start.value.adapter
 
     def _check_suffix(self, suffix: str | None) -> str | None:
         if suffix is None:

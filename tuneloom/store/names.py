@@ -6,7 +6,8 @@
 import re
 from dataclasses import dataclass
 
-from tuneloom.domain import Checkpoint, Model, Version, model_id, version_id
+from tuneloom.domain import AdapterRef, Checkpoint, Model, Version, model_id, version_id
+from tuneloom.errors import InvalidRequest
 from tuneloom.store.records import Records, Stored
 
 MAX_NAME = 512
@@ -39,6 +40,21 @@ def find_named(records: Records, owner: str, name: str) -> Named | None:
         version = _version(records, owner, pinned["model"], int(pinned["number"]))
         return Named(_model(records, owner, pinned["model"]), version) if version else None
     return _bare(records, owner, name)
+
+
+def find_start(records: Records, owner: str, name: str, base: str) -> AdapterRef:
+    """The adapter of a Version or checkpoint, for a job on `base` to train on.
+
+    Raises:
+        InvalidRequest: the owner has none of that name, or it is on another base.
+    """
+    param, found = "tuneloom.warm_start", find_named(records, owner, name)
+    start = (found.version or found.checkpoint) if found else None
+    if start is None:
+        raise InvalidRequest(f"`{param}`: there is no version or checkpoint `{name[:200]}`.", param=param)
+    if start.value.base != base:
+        raise InvalidRequest(f"`{param}`: `{name}` is on the base `{start.value.base}`, not `{base}`.", param=param)
+    return start.value.adapter
 
 
 def _bare(records: Records, owner: str, name: str) -> Named | None:

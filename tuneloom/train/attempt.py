@@ -20,6 +20,7 @@ from tuneloom.train.libraries import Libraries, import_libraries
 from tuneloom.train.plan import Plan, make_plan, settings_text
 from tuneloom.train.progress import FenceLost, Pulse, Voice
 from tuneloom.train.publish import Outcome, Publisher
+from tuneloom.train.start import fetch_start
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ def _train(run: Run) -> Result:
     train = run.settings.train
     libraries = import_libraries(train.threads)
     has_bf16 = libraries.models.has_fast_bf16(use_gpu=train.num_gpus > 0)
-    plan = make_plan(run.job.spec, inputs.training, run.base, has_bf16=has_bf16)
+    start = fetch_start(run.store.blobs, run.job.spec, run.folder / "start")
+    plan = make_plan(run.job.spec, inputs.training, run.base, has_bf16=has_bf16, start=start)
     run.voice.say(total_steps=plan.total_steps, resolved=plan.hyperparameters, settings=plan.settings)
     return _learn(run, plan, inputs, libraries)
 
@@ -104,7 +106,7 @@ def _train(run: Run) -> Result:
 def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Result:
     """From the base to the adapter that is handed over."""
     lora, models, train = libraries.lora, libraries.models, run.settings.train
-    model = models.add_lora(models.load_base(run.base, plan), plan)
+    model = models.add_lora(models.load_base(run.base, plan, use_gpu=train.num_gpus > 0), plan)
     checkpoints = Checkpoints(run.folder / "checkpoints", train.checkpoints_kept)
     publisher = Publisher(run.store, run.voice, run.job, run.base, checkpoints_kept=train.checkpoints_kept)
     steps = libraries.steps.Steps(

@@ -2,12 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from tuneloom.bases import Base
 from tuneloom.errors import InvalidRequest
@@ -22,17 +30,18 @@ def has_fast_bf16(*, use_gpu: bool) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def load_base(base: Base, plan: Plan) -> PreTrainedModel:
-    """The base's weights in the precision of the plan.
+def load_base(base: Base, plan: Plan, *, use_gpu: bool = False) -> PreTrainedModel:
+    """The base's frozen weights in the precision of the plan, its linear layers quantised if the plan has it so.
 
     Raises:
         BaseUnreadable: they do not load.
     """
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    how: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+    if plan.quantization != "none":
+        how |= {"quantization_config": _quantised(plan, dtype), "device_map": "cuda:0" if use_gpu else "cpu"}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_pretrained(base.path, **how)
     except MemoryError:
         raise
     except Exception as error:
@@ -41,14 +50,55 @@ def load_base(base: Base, plan: Plan) -> PreTrainedModel:
         raise BaseUnreadable(
             f"The base `{base.id}` cannot be loaded ({reason[:300]}). Add it again: `tuneloom bases add`."
         ) from error
+    keep_trainable(model)
+    return model
+
+
+def _quantised(plan: Plan, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 as in QLoRA, Dettmers et al. 2023, its scales quantised too; or LLM.int8."""
+    if plan.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def keep_trainable(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights.
+
+    bitsandbytes 0.50 does so at the first product without gradients on a CPU with AVX512-BF16, for an operator that
+    has no gradient: all later steps then learn from wrong gradients, without an error. Remove this when a step after an
+    evaluation has the gradients of one without (tests/train/test_models.py).
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
 
 
 def add_lora(model: PreTrainedModel, plan: Plan) -> PeftModel:
-    """`model` with fresh adapters, the same for the same seed: fp32 whatever the base's precision.
+    """`model` with the adapter that the plan starts from, or with a fresh one, the same for the same seed.
+
+    The adapter is fp32 whatever the base's precision.
 
     Raises:
         InvalidRequest: a target module is none of the base's linear layers; the message lists those.
     """
+    set_seed(plan.seed)
+    if plan.start is not None:
+        config = LoraConfig.from_pretrained(plan.start.folder)
+        config.lora_dropout, config.inference_mode = plan.dropout, False
+        adapted = PeftModel.from_pretrained(model, plan.start.folder, config=config, is_trainable=True)
+    else:
+        adapted = get_peft_model(model, _lora_config(model, plan))
+    # TRL 1.16 rounds the adapters of a model that is marked so to bf16, in which small updates are lost.
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    return adapted
+
+
+def _lora_config(model: PreTrainedModel, plan: Plan) -> LoraConfig:
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -60,16 +110,15 @@ def add_lora(model: PreTrainedModel, plan: Plan) -> PeftModel:
             f"`target_modules`: this base has no linear layer `{unknown[0]}`. It has {', '.join(sorted(linear))}.",
             param="tuneloom.target_modules",
         )
-    set_seed(plan.seed)
-    config = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=plan.rank,
         lora_alpha=plan.alpha,
         lora_dropout=plan.dropout,
+        use_rslora=plan.rslora,
         target_modules=list(targets),
         bias="none",
     )
-    return get_peft_model(model, config)
 
 
 def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuneloom.bases import Base
-from tuneloom.domain import Hyperparameters, JobSpec, Setting
+from tuneloom.domain import Hyperparameters, JobSpec, Setting, check_settings_agree
 from tuneloom.errors import InvalidRequest
 from tuneloom.train.data import Tokens, length_limit
+from tuneloom.train.start import Start
 
 DEFAULT_RANK = 16
 DEFAULT_BETA = 0.1
@@ -40,7 +41,8 @@ class Plan:
     """All settings of a run. `batch_size` rows make a step, forwarded `micro_size` rows at a time.
 
     `evaluate_every_steps` None: at the end of each epoch. `early_stopping_patience` None: never.
-    `checkpoint_every_s` None: as the installation has it. `settings` tells all of it to people.
+    `checkpoint_every_s` None: as the installation has it. `start` None: from a fresh adapter. `settings` tells all of
+    it to people.
     """
 
     method: Literal["supervised", "dpo"]
@@ -60,6 +62,7 @@ class Plan:
     dropout: float
     target_modules: tuple[str, ...] | None
     rslora: bool
+    start: Start | None
     max_length: int
     packing: bool
     precision: Precision
@@ -83,33 +86,22 @@ class Plan:
         return self.batch_size // self.micro_size
 
 
-@dataclass(frozen=True)
-class WarmStart:
-    """What the adapter that a run goes on from fixes."""
-
-    rank: int
-    alpha: float
-    rslora: bool
-    target_modules: tuple[str, ...]
-
-
-def make_plan(
-    spec: JobSpec, tokens: Tokens, base: Base, *, has_bf16: bool, warm_start: WarmStart | None = None
-) -> Plan:
+def make_plan(spec: JobSpec, tokens: Tokens, base: Base, *, has_bf16: bool, start: Start | None = None) -> Plan:
     """Resolve a job's settings. Of `tokens` only the lengths of the rows are read.
 
-    `has_bf16`: the device multiplies bf16 matrices faster than fp32.
+    `has_bf16`: the device multiplies bf16 matrices faster than fp32. `start` is the adapter of `warm_start`.
 
     Raises:
         InvalidRequest: settings contradict each other, the data or the adapter to start from.
     """
-    return _Resolver(spec, tokens, base, has_bf16, warm_start).plan()
+    check_settings_agree(spec)
+    return _Resolver(spec, tokens, base, has_bf16, start).plan()
 
 
 class _Resolver:
     """Resolves one setting a method, and notes each with its reason in the order of `plan`."""
 
-    def __init__(self, spec: JobSpec, tokens: Tokens, base: Base, has_bf16: bool, warm_start: WarmStart | None) -> None:
+    def __init__(self, spec: JobSpec, tokens: Tokens, base: Base, has_bf16: bool, start: Start | None) -> None:
         self._spec = spec
         self._asked = spec.hyperparameters
         self._options = spec.options
@@ -117,7 +109,7 @@ class _Resolver:
         self._rows = tokens.num_rows
         self._base = base
         self._has_bf16 = has_bf16
-        self._warm_start = warm_start
+        self._start = start
         self._preset = PRESETS.get(spec.options.preset or "")
         self._settings: list[Setting] = []
 
@@ -166,6 +158,7 @@ class _Resolver:
             dropout=dropout,
             target_modules=targets,
             rslora=rslora,
+            start=self._start,
             max_length=length,
             packing=packing,
             precision=precision,
@@ -265,33 +258,32 @@ class _Resolver:
         return self._asked.beta, "as asked"  # type: ignore[return-value]
 
     def _rank(self) -> tuple[int, str]:
-        if self._warm_start:
-            return self._of_start("rank", self._options.rank, self._warm_start.rank)
+        if self._start:
+            return self._of_start("rank", self._options.rank, self._start.rank)
         if self._options.rank is not None:
             return self._options.rank, "as asked"
         return (self._preset.rank, self._by_preset()) if self._preset else (DEFAULT_RANK, "the default")
 
     def _alpha(self, rank: int) -> tuple[float, str]:
-        if self._warm_start:
-            return self._of_start("alpha", self._options.alpha, self._warm_start.alpha)
+        if self._start:
+            return self._of_start("alpha", self._options.alpha, self._start.alpha)
         if self._options.alpha is not None:
             return self._options.alpha, "as asked"
         return (self._preset.alpha, self._by_preset()) if self._preset else (2.0 * rank, "twice the rank")
 
     def _targets(self) -> tuple[str, ...] | None:
         asked = self._options.target_modules
-        if self._warm_start:
-            start = tuple(sorted(self._warm_start.target_modules))
+        if self._start:
             asked = tuple(sorted(asked)) if asked else None
-            return self._note("target_modules", *self._of_start("target_modules", asked, start))
+            return self._note("target_modules", *self._of_start("target_modules", asked, self._start.target_modules))
         self._note("target_modules", asked or "all linear layers", "as asked" if asked else "the default")
         return asked
 
     def _rslora(self) -> tuple[bool, str]:
         is_asked = "rslora" in self._options.model_fields_set
-        if self._warm_start:
+        if self._start:
             asked = self._options.rslora if is_asked else None
-            return self._of_start("rslora", asked, self._warm_start.rslora)
+            return self._of_start("rslora", asked, self._start.rslora)
         return self._options.rslora, "as asked" if is_asked else "the default"
 
     def _of_start(self, name: str, asked: Any, value: Any) -> tuple[Any, str]:
