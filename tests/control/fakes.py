@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from tuneloom.control.check import CheckReport
-from tuneloom.control.launcher import LauncherUnavailable, Observation
+from tuneloom.control.launcher import LauncherUnavailable, Observation, Room
 from tuneloom.domain import (
     AdapterRef,
     Checkpoint,
@@ -21,6 +21,7 @@ from tuneloom.store import Store
 from tuneloom.store.artifacts import ADAPTER_FILES, Manifest, write_manifest
 from tuneloom.store.base import StoreConflict
 
+ROOM = Room(free_cpus=8, free_gpus=0, cores=2, node_cores=2, free_memory_bytes=8 << 30, memory_bytes=16 << 30)
 RESOLVED = Hyperparameters(n_epochs=3, batch_size=2, learning_rate_multiplier=1.5)
 
 
@@ -183,6 +184,7 @@ class FakeLauncher:
     launches: list[str] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
     down: bool = False
+    has: Room = ROOM
 
     def launch(self, job: Job) -> None:
         self._check()
@@ -201,6 +203,10 @@ class FakeLauncher:
         trainer = self.trainers.get(submission_id)
         if trainer is not None and trainer.state == "alive":
             trainer.state = "finished"
+
+    def room(self) -> Room:
+        self._check()
+        return self.has
 
     def forget(self) -> None:
         """The records of the cluster are lost; its processes may live on for a while."""

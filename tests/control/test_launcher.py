@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.control.conftest import add_job
+from tests.control.fakes import ROOM
 from tuneloom.control.launcher import ENTRYPOINT, LauncherUnavailable, RayJobsLauncher
 
 
@@ -62,7 +63,7 @@ def client() -> FakeClient:
 
 @pytest.fixture
 def launcher(client: FakeClient) -> RayJobsLauncher:
-    return RayJobsLauncher(lambda: client, Path("/home/of/tuneloom"))
+    return RayJobsLauncher(lambda: client, Path("/home/of/tuneloom"), lambda: ROOM)
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def test_after_a_lost_connection_a_new_client_is_made(client):
         made.append(client)
         return client
 
-    launcher = RayJobsLauncher(connect, Path("/home"))
+    launcher = RayJobsLauncher(connect, Path("/home"), lambda: ROOM)
     client.failure = ConnectionError("moved")
     with pytest.raises(LauncherUnavailable):
         launcher.observe("x")

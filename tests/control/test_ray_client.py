@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from tests.control.conftest import add_job
+from tests.control.fakes import ROOM
 from tuneloom.control.launcher import LauncherUnavailable, RayJobsLauncher, ray_jobs_client
 
 
@@ -83,7 +84,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
 
 
 def make_launcher(server: JobServer, timeout_s: float = 10) -> RayJobsLauncher:
-    return RayJobsLauncher(lambda: ray_jobs_client(server.url, timeout_s), Path("/home"))
+    return RayJobsLauncher(lambda: ray_jobs_client(server.url, timeout_s), Path("/home"), lambda: ROOM)
 
 
 def test_an_attempt_is_launched_once_watched_and_stopped_at_the_address_given(server, store):
@@ -121,6 +122,6 @@ def test_a_server_that_hangs_is_given_up_in_time(server):
 
 
 def test_a_server_that_is_not_there_says_so(server):
-    launcher = RayJobsLauncher(lambda: ray_jobs_client("http://127.0.0.1:9", 1.0), Path("/home"))
+    launcher = RayJobsLauncher(lambda: ray_jobs_client("http://127.0.0.1:9", 1.0), Path("/home"), lambda: ROOM)
     with pytest.raises(LauncherUnavailable):
         launcher.observe("x")

@@ -72,6 +72,9 @@ class FusedLauncher:
     def observe(self, submission_id: str):
         return self._inner.observe(submission_id)
 
+    def room(self):
+        return self._inner.room()
+
     def stop(self, submission_id: str) -> None:
         self._fuse.around(lambda: self._inner.stop(submission_id))
 

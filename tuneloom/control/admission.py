@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 from tuneloom.control import jobs
 from tuneloom.control.check import Checker, CheckReport
+from tuneloom.control.estimate import Estimator
 from tuneloom.control.jobs import History, apply
 from tuneloom.control.writer import JobWriter
 from tuneloom.domain import Job, JobError
@@ -17,8 +18,9 @@ PROBLEMS_IN_MESSAGE = 3
 class Admission:
     """Steps jobs that are `validating_files`. What it remembers is only which checks to drop."""
 
-    def __init__(self, checker: Checker, writer: JobWriter, clock: Callable[[], float]) -> None:
+    def __init__(self, checker: Checker, estimator: Estimator, writer: JobWriter, clock: Callable[[], float]) -> None:
         self._checker = checker
+        self._estimator = estimator
         self._writer = writer
         self._clock = clock
         self._checking: set[str] = set()
@@ -34,10 +36,18 @@ class Admission:
         if not report.ok:
             self._reject(stored, report)
             return
+        planned = report.planned
+        if planned is not None and (error := self._estimator.refusal(planned)) is not None:
+            self._writer.fail(stored, error)
+            return
+        estimate = self._estimator.estimate(job.spec, planned) if planned else None
         history = History(job, self._clock())
         lines = [history.line(warning, "warn") for warning in report.warnings[:MAX_WARNING_EVENTS]]
+        if estimate is not None:
+            lines.append(history.line(self._estimator.describe(estimate)))
         lines.append(history.line("Files validated, moving job to queued state"))
-        self._writer.commit(stored, apply(job, jobs.FilesAccepted()), lines)
+        accepted = jobs.FilesAccepted(estimate, planned.settings if planned else ())
+        self._writer.commit(stored, apply(job, accepted), lines)
 
     def keep_only(self, job_ids: Iterable[str]) -> None:
         """Drop the checks of all other jobs: they were cancelled or paused."""

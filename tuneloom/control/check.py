@@ -40,7 +40,10 @@ class Problem(BaseModel):
 
 
 class Planned(BaseModel):
-    """What the run will do if it is let in: tokens over all epochs, those of all evaluations, and its most memory."""
+    """What the run will do if it is let in: tokens over all epochs, those of all evaluations, and its most memory.
+
+    `base_bytes` is the size of the base's weights as stored.
+    """
 
     settings: tuple[Setting, ...] = ()
     tokens: int
@@ -48,6 +51,7 @@ class Planned(BaseModel):
     steps: int
     memory_bytes: int = 0
     memory_parts: dict[str, int] = {}
+    base_bytes: int = 0
 
 
 class CheckReport(BaseModel):

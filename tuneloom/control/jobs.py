@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tuneloom.domain import Event, Hyperparameters, Job, JobError, JobState, event_id
+from tuneloom.domain import Estimate, Event, Hyperparameters, Job, JobError, JobState, Setting, Usage, event_id
 from tuneloom.errors import Conflict
 
 UNFINISHED: tuple[JobState, ...] = ("validating_files", "queued", "running", "paused")
@@ -17,7 +17,17 @@ UNFINISHED: tuple[JobState, ...] = ("validating_files", "queued", "running", "pa
 
 @dataclass(frozen=True)
 class FilesAccepted:
-    """The row check has passed."""
+    """The row check has passed. What it resolved and what the run will take."""
+
+    estimate: Estimate | None = None
+    settings: tuple[Setting, ...] = ()
+
+
+@dataclass(frozen=True)
+class Waits:
+    """The job could not start yet, and `reason` is not what it was told before."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Advanced:
     trained_tokens: int | None
     estimated_finish: float | None
     resolved: Hyperparameters | None
+    settings: tuple[Setting, ...] = ()
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,8 @@ class Lost:
 class Closed:
     """The last process of a job that wants none is gone."""
 
+    usage: Usage | None = None
+
 
 @dataclass(frozen=True)
 class Published:
@@ -66,6 +80,8 @@ class Published:
     result_files: tuple[str, ...]
     trained_tokens: int
     resolved: Hyperparameters
+    settings: tuple[Setting, ...] = ()
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class Resumed:
 
 JobEvent = (
     FilesAccepted
+    | Waits
     | Launched
     | Started
     | Advanced
@@ -106,6 +123,7 @@ JobEvent = (
 
 TRANSITIONS: Mapping[type, Mapping[JobState, JobState]] = {
     FilesAccepted: {"validating_files": "queued"},
+    Waits: {"queued": "queued"},
     Launched: {"queued": "queued"},
     # A run started by hand checks its files itself, so its first sign of life may find the job at any stage.
     Started: {"validating_files": "running", "queued": "running"},
@@ -147,24 +165,37 @@ def apply(job: Job, event: JobEvent) -> Job:
 def _changes(job: Job, event: JobEvent) -> dict[str, Any]:
     """The fields beside `state` that `event` sets."""
     match event:
-        case FilesAccepted():
-            return {"files_checked": True}
+        case FilesAccepted(estimate, settings):
+            return {"files_checked": True, "estimate": estimate, "settings": settings}
+        case Waits(reason):
+            return {"waiting_for": reason}
         case Launched(at):
             assert not job.attempt_open, "two attempts of a job at once"
-            return {"attempt": job.attempt + 1, "attempt_open": True, "attempt_started_at": at}
+            return {
+                "attempt": job.attempt + 1,
+                "attempt_open": True,
+                "attempt_started_at": at,
+                "waiting_for": None,
+            }
         case Started():
             return {"files_checked": True}
-        case Advanced(trained_tokens, estimated_finish, resolved):
-            known = {"trained_tokens": trained_tokens, "estimated_finish": estimated_finish, "resolved": resolved}
-            return {name: value for name, value in known.items() if value is not None}
+        case Advanced(trained_tokens, estimated_finish, resolved, settings, usage):
+            return _known(
+                trained_tokens=trained_tokens,
+                estimated_finish=estimated_finish,
+                resolved=resolved,
+                settings=settings or None,
+                usage=usage,
+            )
         case Lost():
             return {"attempt_open": False, "losses": job.losses + 1, "estimated_finish": None}
         case Yielded():
             return {"attempt_open": False, "estimated_finish": None}
-        case Closed():
-            return {"attempt_open": False}
-        case Published(at, fine_tuned_model, version, result_files, trained_tokens, resolved):
+        case Closed(usage):
+            return {"attempt_open": False, **_known(usage=usage)}
+        case Published(at, fine_tuned_model, version, result_files, trained_tokens, resolved, settings, usage):
             return {
+                **_known(settings=settings or None, usage=usage),
                 "finished_at": at,
                 "estimated_finish": None,
                 "fine_tuned_model": fine_tuned_model,
@@ -176,11 +207,15 @@ def _changes(job: Job, event: JobEvent) -> dict[str, Any]:
         case Failed(at, error):
             return {"finished_at": at, "estimated_finish": None, "error": error}
         case Cancelled(at):
-            return {"finished_at": at, "estimated_finish": None}
+            return {"finished_at": at, "estimated_finish": None, "waiting_for": None}
         case Paused():
-            return {"estimated_finish": None}
+            return {"estimated_finish": None, "waiting_for": None}
         case Resumed():
             return {} if job.files_checked else {"state": "validating_files"}
+
+
+def _known(**changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in changes.items() if value is not None}
 
 
 class History:

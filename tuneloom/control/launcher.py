@@ -40,6 +40,20 @@ class Observation:
         return self.state == "alive"
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a cluster has for attempts. `cores` are those of all its nodes, `node_cores` those of the largest. Memory is
+    that of the one host, None where there are several.
+    """
+
+    free_cpus: float
+    free_gpus: float
+    cores: int
+    node_cores: int
+    free_memory_bytes: int | None = None
+    memory_bytes: int | None = None
+
+
 class Launcher(Protocol):
     """Starts, watches and ends attempts. Every call blocks for seconds at most and raises LauncherUnavailable."""
 
@@ -53,17 +67,23 @@ class Launcher(Protocol):
         """Ask an attempt to end, and end it by force soon after; a no-op if it is unknown or over."""
         ...
 
+    def room(self) -> Room:
+        """What is free at this moment."""
+        ...
+
 
 class RayJobsLauncher:
     """Each attempt is a Ray job, seen in the dashboard and in `ray job list`.
 
     `connect` makes a client (see `ray_jobs_client`); it is called again after a failure, since the dashboard may have
-    moved. Nothing that a user wrote reaches a shell: the entrypoint is constant and ids travel in the environment.
+    moved. `measure` tells what the cluster has free. Nothing that a user wrote reaches a shell: the entrypoint is
+    constant and ids travel in the environment.
     """
 
-    def __init__(self, connect: Callable[[], Any], home: Path) -> None:
+    def __init__(self, connect: Callable[[], Any], home: Path, measure: Callable[[], Room]) -> None:
         self._connect = connect
         self._home = home
+        self._measure = measure
         self._client: Any = None
 
     def launch(self, job: Job) -> None:
@@ -103,6 +123,13 @@ class RayJobsLauncher:
         except _Refused as refusal:
             if not refusal.is_unknown:
                 raise LauncherUnavailable(f"Ray did not stop `{submission_id}`: {refusal}") from refusal
+
+    def room(self) -> Room:
+        try:
+            return self._measure()
+        except Exception as error:
+            # Ray's GCS client raises errors of many kinds; with any of them, nothing is known.
+            raise LauncherUnavailable(f"Ray does not tell what is free: {error}") from error
 
     def _environment(self, job: Job) -> dict[str, str]:
         return {
@@ -160,6 +187,34 @@ def ray_jobs_client(address: str, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
     # may be named there. The first wins over the second, so naming ours there is what makes the argument count.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     return TimedClient(address)
+
+
+def ray_room() -> Room:
+    """What the Ray cluster around this process has."""
+    import ray
+
+    free = ray.available_resources()
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    gives = {"free_cpus": free.get("CPU", 0.0), "free_gpus": free.get("GPU", 0.0)}
+    if len(nodes) > 1:
+        return Room(**gives, cores=sum(nodes), node_cores=max(nodes))
+    # A local cluster claims more CPUs than its machine has, so that nothing waits for bookkeeping.
+    cores, memory = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _memory()
+    return Room(**gives, cores=cores, node_cores=cores, free_memory_bytes=memory[0], memory_bytes=memory[1])
+
+
+def _memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int | None]:
+    """Free and whole memory of this machine, or of the control group that holds it; None where nobody tells."""
+    try:
+        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines() if ":" in line)
+        free, whole = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    except (OSError, KeyError, ValueError):
+        return None, None
+    try:
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return free, whole
+    return min(free, max(0, limit - used)), min(whole, limit)
 
 
 def _labels(job: Job) -> dict[str, str]:

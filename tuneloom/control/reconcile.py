@@ -7,14 +7,18 @@ Every commit that ends an attempt also rewrites its Progress, the trainer's fenc
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 from tuneloom.config import TrainSettings
 from tuneloom.control import jobs
 from tuneloom.control.admission import Admission
 from tuneloom.control.check import Checker
+from tuneloom.control.estimate import Estimator
 from tuneloom.control.jobs import History, apply
 from tuneloom.control.launcher import Launcher, LauncherUnavailable, Observation
+from tuneloom.control.queue import Queue
 from tuneloom.control.registration import Registrar
 from tuneloom.control.writer import JobWriter
 from tuneloom.domain import Event, Job, JobError, Progress
@@ -52,10 +56,11 @@ class Reconciler:
         self._clock = clock
         self._observe_every_s = observe_every_s
         self._writer = JobWriter(store.records, clock)
-        self._admission = Admission(checker, self._writer, clock)
-        self._registrar = Registrar(store, self._writer, clock)
+        self._estimator = Estimator(store.records, launcher, settings)
+        self._admission = Admission(checker, self._estimator, self._writer, clock)
+        self._registrar = Registrar(store, self._estimator, self._writer, clock)
+        self._queue = Queue(store.records, launcher, settings, clock)
         # Memory that only spares work or delays force; losing it changes no outcome.
-        self._open = 0
         self._alive_until: dict[str, float] = {}
         self._copied_at: dict[str, float] = {}
         self._overdue_since: dict[str, float] = {}
@@ -65,19 +70,35 @@ class Reconciler:
     def tick(self) -> None:
         """One step for every job that needs one. A job that fails to step is logged and never stops the others."""
         pending = self._pending()
-        self._open = sum(stored.value.attempt_open for stored in pending)
         self._forget(pending)
+        waiting: list[Stored[Job]] = []
         for stored in pending:
-            try:
-                self._step(stored)
-            except StoreConflict:
-                logger.info("job changed under the step, next tick decides: %s", stored.value.id)
-            except LauncherUnavailable as error:
-                self._warn_unavailable(error)
-            except Overloaded as error:
-                logger.warning("store is busy, next tick goes on: %s: %s", stored.value.id, error)
-            except Exception:
-                logger.exception("job could not be stepped: %s", stored.value.id)
+            with self._guard(stored.value.id):
+                if self._step(stored) == "waits":
+                    waiting.append(stored)
+        if not waiting:
+            return
+        with self._guard("the queue"):
+            for stored, reason in self._queue.decide(waiting):
+                with self._guard(stored.value.id):
+                    if reason is None:
+                        self._launch(stored)
+                    elif reason != stored.value.waiting_for:
+                        self._tell(stored, reason)
+
+    @contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        """What goes wrong with one job is logged; the next tick tries again."""
+        try:
+            yield
+        except StoreConflict:
+            logger.info("changed under the step, next tick decides: %s", what)
+        except LauncherUnavailable as error:
+            self._warn_unavailable(error)
+        except Overloaded as error:
+            logger.warning("store is busy, next tick goes on: %s: %s", what, error)
+        except Exception:
+            logger.exception("could not be stepped: %s", what)
 
     def _pending(self) -> list[Stored[Job]]:
         """The jobs that may need a step, oldest first."""
@@ -96,7 +117,8 @@ class Reconciler:
             for handle in notes.keys() - handles:
                 del notes[handle]
 
-    def _step(self, stored: Stored[Job]) -> None:
+    def _step(self, stored: Stored[Job]) -> Literal["waits"] | None:
+        """One step of a job by itself; `waits`: it may start when its turn comes."""
         job = stored.value
         if job.is_terminal or job.state == "paused":
             self._wind_down(stored)
@@ -105,22 +127,25 @@ class Reconciler:
         elif job.state == "validating_files":
             self._admission.step(stored)
         else:
-            self._start(stored)
+            progress = self._records.progress.find(job.id) if job.attempt else None
+            if progress is None or not self._take_last_word(stored, progress):
+                return "waits"
+        return None
 
     # Starting an attempt
 
-    def _start(self, stored: Stored[Job]) -> None:
+    def _launch(self, stored: Stored[Job]) -> None:
         job, now = stored.value, self._clock()
         progress = self._records.progress.find(job.id)
-        if job.attempt and progress is not None and self._take_last_word(stored, progress):
-            return
-        if self._open >= self._settings.max_running:
-            return
         launched = apply(job, jobs.Launched(now))
         self._writer.commit(stored, launched, [], _new_fence(self._store, progress, launched, now))
-        self._open += 1
         self._launcher.launch(launched)
         logger.info("attempt launched: %s", launched.submission_id)
+
+    def _tell(self, stored: Stored[Job], reason: str) -> None:
+        job = stored.value
+        line = History(job, self._clock()).line(f"Waiting for {reason}")
+        self._writer.commit(stored, apply(job, jobs.Waits(reason)), [line])
 
     # Watching an attempt
 
@@ -152,7 +177,7 @@ class Reconciler:
             return False
         match progress.value.outcome:
             case "published":
-                self._registrar.register(stored)
+                self._registrar.register(stored, progress.value)
             case "failed":
                 error = progress.value.error or JobError(code="training_failed", message="Training failed.")
                 self._writer.fail(stored, error)
@@ -207,7 +232,14 @@ class Reconciler:
         else:
             after = job
         after = apply(
-            after, jobs.Advanced(progress.trained_tokens or None, progress.estimated_finish, progress.resolved)
+            after,
+            jobs.Advanced(
+                progress.trained_tokens or None,
+                progress.estimated_finish,
+                progress.resolved,
+                progress.settings,
+                self._estimator.usage(progress),
+            ),
         )
         if after != job:
             self._copied_at[job.submission_id] = now
@@ -245,10 +277,10 @@ class Reconciler:
             said = progress is not None and progress.value.outcome is not None and _is_by_hand(job)
             gone = progress is None or said or self._is_silent(progress.value)
         if gone:
+            usage = self._estimator.usage(progress.value if progress else None)
             self._writer.commit(
-                stored, apply(job, jobs.Closed()), [], [] if progress is None else self._fence(progress)
+                stored, apply(job, jobs.Closed(usage)), [], [] if progress is None else self._fence(progress)
             )
-            self._open -= 1
             if job.is_terminal:
                 self._registrar.drop_rest(job)
         elif seen is not None:

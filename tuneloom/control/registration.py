@@ -4,10 +4,11 @@ import logging
 from collections.abc import Callable
 
 from tuneloom.control import jobs, models
+from tuneloom.control.estimate import Estimator
 from tuneloom.control.jobs import History, apply
 from tuneloom.control.results import write_results
 from tuneloom.control.writer import JobWriter
-from tuneloom.domain import Job, JobError, ft_name, short_id
+from tuneloom.domain import Job, JobError, Progress, ft_name, short_id
 from tuneloom.errors import InvalidRequest
 from tuneloom.store import Store
 from tuneloom.store.artifacts import Manifest, read_manifest
@@ -20,13 +21,14 @@ logger = logging.getLogger(__name__)
 class Registrar:
     """Version, uniqueness row, results file, history and the job's end are one commit."""
 
-    def __init__(self, store: Store, writer: JobWriter, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, estimator: Estimator, writer: JobWriter, clock: Callable[[], float]) -> None:
         self._store = store
         self._records = store.records
+        self._estimator = estimator
         self._writer = writer
         self._clock = clock
 
-    def register(self, stored: Stored[Job]) -> None:
+    def register(self, stored: Stored[Job], progress: Progress) -> None:
         """Make the Version of a published attempt and end its job. Made before, it is only told again."""
         job = stored.value
         manifest = self._find_manifest(job)
@@ -37,7 +39,7 @@ class Registrar:
         done = self._records.registrations.find(job.id)
         if done is not None:
             name = ft_name(job.spec.base, job.owner, job.spec.suffix, short_id(job.id))
-            self._succeed(stored, manifest, name, done.value.version_id, job.result_files)
+            self._succeed(stored, progress, manifest, name, done.value.version_id, job.result_files)
             return
         try:
             addition = models.register(self._records, job, manifest, self._clock())
@@ -47,7 +49,7 @@ class Registrar:
             return
         results = write_results(self._store, job, self._clock())
         writes = (*addition.writes, self._records.files.create(results))
-        self._succeed(stored, manifest, addition.version.ft_name, addition.version.id, (results.id,), writes)
+        self._succeed(stored, progress, manifest, addition.version.ft_name, addition.version.id, (results.id,), writes)
 
     def drop_rest(self, job: Job) -> None:
         """Remove the blobs of attempts that made no Version, once the job and its processes have ended."""
@@ -68,6 +70,7 @@ class Registrar:
     def _succeed(
         self,
         stored: Stored[Job],
+        progress: Progress,
         manifest: Manifest,
         name: str,
         version_id: str,
@@ -75,11 +78,23 @@ class Registrar:
         writes: tuple[Write, ...] = (),
     ) -> None:
         job, now = stored.value, self._clock()
-        published = jobs.Published(now, name, version_id, result_files, manifest.trained_tokens, manifest.resolved)
+        published = jobs.Published(
+            now,
+            name,
+            version_id,
+            result_files,
+            manifest.trained_tokens,
+            manifest.resolved,
+            progress.settings,
+            self._estimator.usage(progress),
+        )
+        after = apply(job, published)
+        said, kept = self._estimator.conclude(after, now)
         history = History(job, now)
         lines = [
             history.line(f"New fine-tuned model created: {name}"),
-            history.line("The job has successfully completed"),
+            *(history.line(text) for text in said),
+            history.line("The job has successfully completed", data=self._estimator.outcome(after)),
         ]
-        self._writer.commit(stored, apply(job, published), lines, writes)
+        self._writer.commit(stored, after, lines, (*writes, *kept))
         logger.info("job succeeded: %s as %s", job.id, version_id)
