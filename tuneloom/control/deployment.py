@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tuneloom.config import Settings
 from tuneloom.control.check import ProcessChecker
-from tuneloom.control.launcher import RayJobsLauncher, ray_jobs_client
+from tuneloom.control.launcher import RayJobsLauncher, ray_jobs_client, ray_room
 from tuneloom.control.reconcile import Reconciler
 from tuneloom.control.sweep import sweep
 from tuneloom.errors import TuneloomError
@@ -103,7 +103,7 @@ class Control:
         cluster = ray.get_runtime_context().gcs_address
         self._store = open_store(tree)
         self._checker = ProcessChecker(tree.home, tree.control.check_timeout_s)
-        launcher = RayJobsLauncher(lambda: ray_jobs_client(cluster), tree.home)
+        launcher = RayJobsLauncher(lambda: ray_jobs_client(cluster), tree.home, ray_room)
         reconciler = Reconciler(self._store, launcher, self._checker, tree.train)
         self._loop = ControlLoop(reconciler, lambda: sweep(self._store), tree.control.tick_s)
         self._loop.start()
