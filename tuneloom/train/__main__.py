@@ -29,16 +29,15 @@ def main(arguments: list[str]) -> int:
             join_cluster()
             return job.drive(settings, store, os.environ["TUNELOOM_JOB"], int(os.environ["TUNELOOM_ATTEMPT"]), say)
         prepared = by_hand.prepare(settings, asked)
-        for warning in prepared.warnings:
-            say(f"Warning: {warning}")
+        for note in prepared.notes:
+            say(note)
         try:
             join_cluster()
         except TuneloomError:
             shutil.rmtree(run_folder(settings, prepared.job.id), ignore_errors=True)
             raise
         made = by_hand.create(store, prepared)
-        seen = f"{prepared.rows:,} rows, {prepared.tokens:,} tokens"
-        say(f"Job {made.id}: {seen}, base {made.spec.base}, seed {made.spec.seed}.")
+        say(f"Job {made.id}: base {made.spec.base}, seed {made.spec.seed}.")
         code = job.drive(settings, store, made.id, made.attempt, say)
         return _finish(store, made.id) if code == job.EXIT_OK else code
     except TuneloomError as error:

@@ -30,7 +30,7 @@ from tuneloom.domain import (
 from tuneloom.errors import InvalidFile, InvalidRequest, TooLarge, TuneloomError
 from tuneloom.store import Store
 from tuneloom.train.attempt import run_folder
-from tuneloom.train.check import Check
+from tuneloom.train.check import Check, Report
 
 REGISTER_TIMEOUT_S = 120.0
 POLL_S = 0.5
@@ -43,9 +43,7 @@ class Prepared:
 
     job: Job
     files: tuple[tuple[File, Path], ...]
-    rows: int
-    tokens: int
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -79,12 +77,13 @@ def prepare(settings: Settings, asked: argparse.Namespace) -> Prepared:
     validation = _describe(asked.validation, asked.owner, now, max_bytes) if asked.validation else None
     files = [(training, asked.data), *([(validation, asked.validation)] if validation else [])]
     spec = _spec(settings, asked, training, validation)
-    check = Check(settings, spec, run_folder(settings, job_id))
+    check = Check(settings, spec)
     for param, (file, path) in zip(("training_file", "validation_file"), files, strict=False):
         with path.open("rb") as source:
-            check.read(param, file, source)
-    if check.report.error is not None:
-        raise InvalidFile(_all_problems(check))
+            check.read(param, file.filename, source, keep=check.keep_in(run_folder(settings, job_id), file))
+    report = check.report()
+    if report.error is not None:
+        raise InvalidFile(_all_problems(report))
     job = Job(
         id=job_id,
         owner=asked.owner,
@@ -98,7 +97,7 @@ def prepare(settings: Settings, asked: argparse.Namespace) -> Prepared:
         attempt_started_at=now,
         self_launched=True,
     )
-    return Prepared(job, tuple(files), check.report.rows, check.report.tokens, tuple(check.report.warnings))
+    return Prepared(job, tuple(files), tuple(note.message for note in report.notes))
 
 
 def create(store: Store, prepared: Prepared) -> Job:
@@ -196,9 +195,8 @@ def _check_range(name: str, value: int | str | None, low: int, high: int) -> Non
         raise InvalidRequest(f"`{name}` is {value}; it must be from {low} to {high}.")
 
 
-def _all_problems(check: Check) -> str:
+def _all_problems(report: Report) -> str:
     """The problems of all files, one a line."""
-    report = check.report
     lines = [f"  {problem.text}" for problem in report.problems[:MAX_SHOWN]]
     if rest := report.problem_count - len(lines):
         lines.append(f"  and {rest:,} more")

@@ -1,5 +1,5 @@
-"""The check of a job's files before it is launched: `python -m tuneloom.train.check`, with `TUNELOOM_HOME` and
-`TUNELOOM_JOB` in the environment.
+"""The check of files before a job trains on them: `python -m tuneloom.train.check`, with `TUNELOOM_HOME` and
+`TUNELOOM_JOB` or `TUNELOOM_FILE_CHECK` in the environment.
 
 The last line of stdout is a JSON report. The exit code is 0 for good files and for bad ones; another means a crash.
 """
@@ -7,7 +7,7 @@ The last line of stdout is a JSON report. The exit code is 0 for good files and 
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,17 +20,19 @@ from tuneloom.store import Store, open_store
 from tuneloom.train.attempt import run_folder
 from tuneloom.train.data import (
     MAX_CACHED_BYTES,
-    TokensBuilder,
+    TOO_FEW_TO_SPLIT,
+    builder_for,
     drop_old_drafts,
-    length_limit,
-    missed_answers,
-    read_examples,
+    held_out,
+    reader_for,
     save_tokens,
     tokens_name,
 )
 from tuneloom.train.render import Renderer
+from tuneloom.train.report import NOTHING, FileReport, Note, Overlap, Tally, Totals, notes_of, notes_of_overlap
 
 MAX_LISTED = 5
+NAMES = {"training_file": "Training file", "validation_file": "Validation file"}
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,20 @@ class FileProblem:
         return self.message if self.line is None else f"line {self.line}: {self.message}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
-    """What the check found. `rows` and `tokens` count the good rows of the training file."""
+    """What the check found. `training` and `validation` are the rows of either kind, after a share was held out;
+    `files` tells of each file by the parameter that names it.
+    """
 
-    problems: list[FileProblem] = field(default_factory=list)
-    problem_count: int = 0
-    rows: int = 0
-    tokens: int = 0
-    warnings: list[str] = field(default_factory=list)
     error: JobError | None = None
+    problems: tuple[FileProblem, ...] = ()
+    problem_count: int = 0
+    training: Totals = NOTHING
+    validation: Totals = NOTHING
+    files: tuple[tuple[str, FileReport], ...] = ()
+    overlap: Overlap | None = None
+    notes: tuple[Note, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -63,86 +69,129 @@ class Report:
             "error": self.error.model_dump() if self.error else None,
             "problems": [asdict(problem) for problem in self.problems],
             "problem_count": self.problem_count,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "warnings": self.warnings,
+            **asdict(self.training),
+            "validation_rows": self.validation.rows,
+            "validation_tokens": self.validation.tokens,
+            "files": {param: report.as_json() for param, report in self.files},
+            "overlap": self.overlap.as_json() if self.overlap else None,
+            "notes": [asdict(note) for note in self.notes],
         }
 
 
 class Check:
-    """Reads files as the training of `spec` would, and leaves their tokens in `folder` for it."""
+    """Reads files as the training of `spec` would. `report` is whole when all are read, the training file first."""
 
-    def __init__(self, settings: Settings, spec: JobSpec, folder: Path) -> None:
+    def __init__(self, settings: Settings, spec: JobSpec) -> None:
         """Raises ModelNotFound if there is no such base."""
-        self.report = Report()
         self._min_rows = settings.train.min_rows
         self._spec = spec
-        self._folder = folder
         self._base = get_base(settings.bases_dir, spec.base)
         self._renderer = Renderer.load(self._base.path, learn_all=spec.options.loss_on == "all")
+        self._tallies: dict[str, Tally] = {}
+        self._files: dict[str, FileReport] = {}
+        self._problems: list[FileProblem] = []
+        self._problem_count = 0
+        self._error: JobError | None = None
 
-    def read(self, param: str, file: File, source: BinaryIO) -> None:
-        """Add what is to be said of one file; `param` is the field of the job that names it."""
-        is_training = param == "training_file"
-        scan = Scan(min_rows=self._min_rows if is_training else 1)
-        builder = TokensBuilder() if file.size_bytes <= MAX_CACHED_BYTES else None
-        rows = tokens = missed = 0
-        for row, example in read_examples(source, scan, self._renderer, length_limit(self._spec, self._base)):
-            rows += 1
-            tokens += len(example.ids)
-            missed += missed_answers(row, example)
+    def read(self, param: str, name: str, source: BinaryIO, *, keep: Path | None = None) -> None:
+        """Take in one file; `param` is the field of the job that names it. Its tokens, if it is good, go to `keep`."""
+        scan = Scan(method=self._spec.method, min_rows=self._min_rows if param == "training_file" else 1)
+        reader = reader_for(self._spec, self._base, scan, self._renderer)
+        builder = builder_for(self._spec) if keep is not None else None
+        tally = Tally()
+        for line, example in reader.examples(source):
+            tally.add(line, example)
             if builder is not None:
-                builder.add(example)
-        if is_training:
-            self.report.rows, self.report.tokens = rows, tokens
-        if missed:
-            self._warn(file, missed)
+                builder.add(example)  # type: ignore[arg-type]
+        if self._spec.options.validation_share is not None and not scan.problem_count and tally.num_rows < 2:
+            scan.add(None, TOO_FEW_TO_SPLIT)
+        self._tallies[param], self._files[param] = tally, tally.report(name, reader)
         if scan.problem_count:
-            self._refuse(param, file, scan)
-        elif builder is not None:
-            drop_old_drafts(self._folder)
-            save_tokens(builder.build(), self._folder / tokens_name(file, self._base, self._spec))
+            self._refuse(param, name, scan)
+        elif builder is not None and keep is not None:
+            drop_old_drafts(keep.parent)
+            save_tokens(builder.build(), keep)
 
-    def _warn(self, file: File, missed: int) -> None:
-        self.report.warnings.append(
-            f"`{file.filename}`: the base's chat template rewrites {missed:,} earlier answers when later turns follow; "
-            "these are not learned."
+    def keep_in(self, folder: Path, file: File) -> Path | None:
+        """Where the run in `folder` looks for the tokens of a file; None if they are too many to be kept."""
+        small = file.size_bytes <= MAX_CACHED_BYTES
+        return folder / tokens_name(file, self._base, self._spec) if small else None
+
+    def report(self) -> Report:
+        training, validation = self._parts()
+        overlap = validation.overlap(training) if validation is not None else None
+        totals = training.totals()
+        held = validation.totals() if validation is not None else NOTHING
+        return Report(
+            error=self._error,
+            problems=tuple(self._problems),
+            problem_count=self._problem_count,
+            training=totals,
+            validation=held,
+            files=tuple(self._files.items()),
+            overlap=overlap,
+            notes=() if self._error else tuple(self._notes(held, overlap)),
         )
 
-    def _refuse(self, param: str, file: File, scan: Scan) -> None:
-        report = self.report
+    def _parts(self) -> tuple[Tally, Tally | None]:
+        """The rows to train on and those to validate on."""
+        training = self._tallies.get("training_file", Tally())
+        share = self._spec.options.validation_share
+        if share is None or self._error is not None:
+            return training, self._tallies.get("validation_file")
+        rows = held_out(training.num_rows, share, self._spec.seed)
+        return training.select(~rows), training.select(rows)
+
+    def _notes(self, held: Totals, overlap: Overlap | None) -> list[Note]:
+        notes = [note for param, report in self._files.items() for note in notes_of(NAMES[param], report)]
+        if self._spec.options.validation_share is not None:
+            text = f"Held out for validation: {held.rows:,} of these rows, {held.tokens:,} tokens"
+            notes.append(Note("info", text, {"rows": held.rows, "tokens": held.tokens}))
+        return notes + (notes_of_overlap(overlap) if overlap else [])
+
+    def _refuse(self, param: str, name: str, scan: Scan) -> None:
         problems = [FileProblem(param, problem.line, problem.message) for problem in scan.problems]
-        report.problems += problems
-        report.problem_count += scan.problem_count
+        self._problems += problems
+        self._problem_count += scan.problem_count
         listed = "; ".join(problem.text.rstrip(".") for problem in problems[:MAX_LISTED])
         rest = scan.problem_count - min(len(problems), MAX_LISTED)
-        message = f"`{file.filename}` cannot be used: {listed}{f'; and {rest:,} more' if rest else ''}."
-        report.error = report.error or JobError(code="invalid_training_file", message=message, param=param)
+        message = f"`{name}` cannot be used: {listed}{f'; and {rest:,} more' if rest else ''}."
+        self._error = self._error or JobError(code="invalid_training_file", message=message, param=param)
 
 
 def check_job(settings: Settings, store: Store, job_id: str) -> Report:
-    """The report on the files of a job."""
+    """The report on the files of a job, whose tokens are left for its run."""
     job = store.records.jobs.get(job_id).value
+    return check_files(settings, store, job.owner, job.spec, run_folder(settings, job_id))
+
+
+def check_files(settings: Settings, store: Store, owner: str, spec: JobSpec, folder: Path | None) -> Report:
+    """The report on the files that `spec` names; with `folder`, their tokens are left there."""
     try:
-        check = Check(settings, job.spec, run_folder(settings, job_id))
-        for param in ("training_file", "validation_file"):
-            if (file_id := getattr(job.spec, param)) is None:
+        check = Check(settings, spec)
+        for param in NAMES:
+            if (file_id := getattr(spec, param)) is None:
                 continue
             stored = store.records.files.find(file_id)
-            if stored is None or stored.value.owner != job.owner:
+            if stored is None or stored.value.owner != owner:
                 raise InvalidFile(f"The file `{file_id}` is gone. Upload it again.", param=param, code="file_not_found")
-            with store.blobs.open(stored.value.blob) as source:
-                check.read(param, stored.value, source)
+            file = stored.value
+            with store.blobs.open(file.blob) as source:
+                check.read(param, file.filename, source, keep=check.keep_in(folder, file) if folder else None)
+        return check.report()
     except TuneloomError as error:
         return Report(error=JobError(code=error.code or "server_error", message=error.message, param=error.param))
-    return check.report
 
 
 def main() -> None:
     settings = load(os.environ.get("TUNELOOM_HOME"))
     store = open_store(settings)
     try:
-        report = check_job(settings, store, os.environ["TUNELOOM_JOB"])
+        if (check_id := os.environ.get("TUNELOOM_FILE_CHECK")) is not None:
+            asked = store.records.file_checks.get(check_id).value
+            report = check_files(settings, store, asked.owner, asked.spec, None)
+        else:
+            report = check_job(settings, store, os.environ["TUNELOOM_JOB"])
     finally:
         store.close()
     sys.stdout.write(json.dumps(report.as_json()) + "\n")

@@ -7,16 +7,16 @@ from tuneloom.bases import Base
 from tuneloom.domain import Job
 from tuneloom.errors import InvalidRequest
 from tuneloom.store import Store
-from tuneloom.train.data import Tokens, load_tokens
+from tuneloom.train.data import PreferenceTokens, Tokens, load_tokens, split
 from tuneloom.train.render import Renderer
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The rows that are learned, and those of the validation loss."""
+    """The rows that are learned, and those of the validation loss; pairs for the method `dpo`."""
 
-    training: Tokens
-    validation: Tokens | None
+    training: Tokens | PreferenceTokens
+    validation: Tokens | PreferenceTokens | None
 
 
 def read_inputs(store: Store, job: Job, base: Base, folder: Path) -> Inputs:
@@ -28,12 +28,13 @@ def read_inputs(store: Store, job: Job, base: Base, folder: Path) -> Inputs:
             renderers.append(Renderer.load(base.path, learn_all=job.spec.options.loss_on == "all"))
         return renderers[0]
 
-    def read(file_id: str, param: str) -> Tokens:
+    def read(file_id: str, param: str) -> Tokens | PreferenceTokens:
         stored = store.records.files.find(file_id)
         if stored is None or stored.value.owner != job.owner:
             raise InvalidRequest(f"The file `{file_id}` is gone. Upload it again.", param=param)
         return load_tokens(store, stored.value, base, job.spec, folder, renderer)
 
     training = read(job.spec.training_file, "training_file")
-    validation = job.spec.validation_file
-    return Inputs(training, read(validation, "validation_file") if validation else None)
+    if (validation := job.spec.validation_file) is not None:
+        return Inputs(training, read(validation, "validation_file"))
+    return Inputs(*split(training, job.spec))
