@@ -156,6 +156,9 @@ class TrainSettings(Section):
     niceness: int = Field(10, ge=0, le=19, description="how far training steps back behind serving on the same cores")
     checkpoint_interval_s: float = Field(120.0, gt=0)
     checkpoints_kept: int = Field(3, ge=1)
+    upload_states: Literal["auto"] | bool = Field(
+        "auto", description="store what a run goes on from beside its blobs; auto: where blobs are not local files"
+    )
     start_timeout_s: float = Field(300.0, gt=0, description="from launch to the first heartbeat")
     heartbeat_timeout_s: float = Field(120.0, gt=0, description="silence after which an attempt counts as lost")
     min_rows: int = Field(10, ge=1, description="fewest rows of a training file")
@@ -205,6 +208,12 @@ class Settings(Section):
     @property
     def blobs(self) -> str:
         return self.blobs_url or f"file:{self.home / 'blobs'}"
+
+    @property
+    def uploads_states(self) -> bool:
+        """Whether the states of runs outlive the disk of their machine."""
+        asked = self.train.upload_states
+        return not self.blobs.startswith("file:") if asked == "auto" else asked
 
     @property
     def bases_dir(self) -> Path:

@@ -5,6 +5,7 @@ claim the fence -> files to tokens -> plan -> base with LoRA -> newest whole sta
 
 import logging
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,14 +14,19 @@ from tuneloom.bases import Base, get_base
 from tuneloom.config import Settings
 from tuneloom.domain import Job
 from tuneloom.store import Store, open_store
+from tuneloom.train.best import BestAdapter
 from tuneloom.train.checkpoints import Checkpoints, SavedState
-from tuneloom.train.failure import describe
+from tuneloom.train.deaths import Deaths
+from tuneloom.train.failure import describe, is_out_of_memory
 from tuneloom.train.inputs import Inputs, read_inputs
-from tuneloom.train.libraries import Libraries, import_libraries
+from tuneloom.train.libraries import Libraries, import_libraries, release_memory
+from tuneloom.train.meter import Meter
+from tuneloom.train.micro import smaller, with_micro_size
 from tuneloom.train.plan import Plan, make_plan, settings_text
 from tuneloom.train.progress import FenceLost, Pulse, Voice
 from tuneloom.train.publish import Outcome, Publisher
 from tuneloom.train.start import fetch_start
+from tuneloom.train.states import StoredStates, states_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +44,8 @@ class Run:
     job: Job
     base: Base
     folder: Path
+    checkpoints: Checkpoints
+    deaths: Deaths
 
 
 def run_folder(settings: Settings, job_id: str) -> Path:
@@ -50,17 +58,28 @@ def stop_file(settings: Settings, job_id: str, attempt: int) -> Path:
     return run_folder(settings, job_id) / f"stop-a{attempt}"
 
 
-def run_attempt(settings: Settings, job_id: str, attempt: int) -> Result:
-    """Train and publish. Whatever happens is in the progress record, unless the attempt was stopped or replaced."""
+def run_attempt(settings: Settings, job_id: str, attempt: int, notice: threading.Event | None = None) -> Result:
+    """Train and publish. Whatever happens is in the progress record, unless the attempt was stopped or replaced.
+
+    `notice` is set when the node is about to be taken away: the run is then saved, and goes on elsewhere.
+    """
     store = open_store(settings)
     voice = Voice(store.records, job_id, attempt)
     try:
-        if (before := voice.progress().outcome) is not None:
-            return before
-        with Pulse(voice, stop_file(settings, job_id, attempt)) as pulse:
-            result = _run(settings, store, voice, pulse, job_id)
+        before = voice.progress()
+        if before.outcome is not None:
+            return before.outcome
+        voice.measure(Meter(before).read)
+        folder = run_folder(settings, job_id)
+        deaths = Deaths(folder, attempt)
+        stored = StoredStates(store.blobs, states_prefix(job_id)) if settings.uploads_states else None
+        checkpoints = Checkpoints(folder / "checkpoints", settings.train.checkpoints_kept, stored)
+        with Pulse(voice, stop_file(settings, job_id, attempt), notice, deaths.look) as pulse:
+            result = _run(settings, store, voice, pulse, job_id, checkpoints, deaths)
+        deaths.end()
         if result in ("published", "cancelled", "failed"):
-            shutil.rmtree(run_folder(settings, job_id), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            checkpoints.drop_stored()
         return result
     except FenceLost as error:
         logger.warning("stopping: %s", error)
@@ -69,22 +88,33 @@ def run_attempt(settings: Settings, job_id: str, attempt: int) -> Result:
         store.close()
 
 
-def _run(settings: Settings, store: Store, voice: Voice, pulse: Pulse, job_id: str) -> Result:
+def _run(
+    settings: Settings, store: Store, voice: Voice, pulse: Pulse, job_id: str, checkpoints: Checkpoints, deaths: Deaths
+) -> Result:
     """Train; the last word if it is not that of the publisher."""
+    folder = run_folder(settings, job_id)
     try:
         job = store.records.jobs.get(job_id).value
         base = get_base(settings.bases_dir, job.spec.base)
-        result = _train(Run(settings, store, voice, pulse, job, base, run_folder(settings, job_id)))
+        result = _train(Run(settings, store, voice, pulse, job, base, folder, checkpoints, deaths))
     except FenceLost:
         raise
     except Exception as error:
         failure = describe(error, settings.home)
         if failure.code == "internal_error":
             logger.exception("job %s failed", job_id)
+        # The last word needs room on a full disk, too; a replaced attempt must not touch what its successor uses.
+        voice.progress()
+        shutil.rmtree(folder, ignore_errors=True)
         voice.say(stage="failed", outcome="failed", error=failure)
         return "failed"
     if result in ("paused", "cancelled"):
         voice.say(stage=result, outcome=result)
+    elif result == "stopped" and pulse.is_noticed:
+        # As after a pause that was taken back: control starts the next attempt, and no loss is counted.
+        step = voice.progress().step
+        text = f"The machine is about to be taken away; saved at step {step}, training goes on elsewhere"
+        voice.say(text, level="warn", stage="stopped", outcome="paused")
     return result
 
 
@@ -99,24 +129,56 @@ def _train(run: Run) -> Result:
     has_bf16 = libraries.models.has_fast_bf16(use_gpu=train.num_gpus > 0)
     start = fetch_start(run.store.blobs, run.job.spec, run.folder / "start")
     plan = make_plan(run.job.spec, inputs.training, run.base, has_bf16=has_bf16, start=start)
-    run.voice.say(total_steps=plan.total_steps, resolved=plan.hyperparameters, settings=plan.settings)
-    return _learn(run, plan, inputs, libraries)
+    plan = _fit(run, plan)
+    while True:
+        run.voice.say(total_steps=plan.total_steps, resolved=plan.hyperparameters, settings=plan.settings)
+        try:
+            return _learn(run, plan, inputs, libraries)
+        except Exception as error:
+            size = smaller(plan) if is_out_of_memory(error) else None
+            if size is None:
+                raise
+            logger.warning("out of memory: %s", error)
+        # Out of the handler, which holds the trainer by the frames of the error.
+        release_memory()
+        plan = _cut(run, plan, size, "the memory was not enough")
+
+
+def _fit(run: Run, plan: Plan) -> Plan:
+    """`plan` with the micro-batch that the run had before; a smaller one if it seems to have died of its size."""
+    state = run.checkpoints.latest()
+    known = run.deaths.micro_size or (state.facts["micro_size"] if state else None)
+    if known is not None:
+        plan = with_micro_size(plan, known, "as before the restart")
+    size = smaller(plan)
+    if run.deaths.too_large is None or size is None:
+        return plan
+    return _cut(run, plan, size, run.deaths.too_large)
+
+
+def _cut(run: Run, plan: Plan, size: int, reason: str) -> Plan:
+    run.deaths.cut(size)
+    run.voice.say(
+        f"{reason[0].upper()}{reason[1:]}: {size} of the {plan.batch_size} rows of a step at a time instead of "
+        f"{plan.micro_size}; the steps stay the same",
+        level="warn",
+    )
+    return with_micro_size(plan, size, reason)
 
 
 def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Result:
     """From the base to the adapter that is handed over."""
     lora, models, train = libraries.lora, libraries.models, run.settings.train
     model = models.add_lora(models.load_base(run.base, plan, use_gpu=train.num_gpus > 0), plan)
-    checkpoints = Checkpoints(run.folder / "checkpoints", train.checkpoints_kept)
     publisher = Publisher(run.store, run.voice, run.job, run.base, checkpoints_kept=train.checkpoints_kept)
+    places = libraries.steps.Places(run.checkpoints, BestAdapter(run.folder / "best"), publisher, run.deaths)
     steps = libraries.steps.Steps(
         plan,
         run.voice,
         run.pulse,
-        checkpoints,
-        publisher,
-        every_steps=run.job.spec.options.checkpoint_every_steps,
-        interval_s=train.checkpoint_interval_s,
+        places,
+        base_id=run.base.id,
+        interval_s=plan.checkpoint_every_s or train.checkpoint_interval_s,
         validation=inputs.validation,
     )
     trainer = lora.LoraTrainer(
@@ -134,17 +196,16 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Result
     steps.follow(trainer)
     if (wanted := _early_end(run.pulse)) is not None:
         return wanted
-    state = checkpoints.latest()
+    state = run.checkpoints.latest()
     _announce(run.voice, plan, state)
-    if state is not None:
-        steps.metrics = state.facts["metrics"]
-        publisher.checkpoint(state.path / lora.STATE_ADAPTER, state.step, steps.metrics, plan.rank)
-    trainer.learn(state.path if state else None)
-    if (wanted := _early_end(run.pulse)) is not None:
-        return wanted
-    done = trainer.state.global_step
-    assert done == plan.total_steps, "training ends early only where something else is wanted"
-    outcome = Outcome(plan.hyperparameters, plan.rank, done, trainer.batches.tokens_until(done), steps.metrics)
+    steps.go_on_from(state)
+    if not steps.evaluations.is_over:
+        trainer.learn(state.path if state else None)
+        if (wanted := _early_end(run.pulse)) is not None:
+            return wanted
+    done = steps.last_step(state)
+    metrics = steps.take_best()
+    outcome = Outcome(plan.hyperparameters, plan.rank, done, trainer.batches.tokens_until(done), metrics)
     final = run.folder / "adapter"
     shutil.rmtree(final, ignore_errors=True)
     models.save_adapter(model, final, run.base.id)

@@ -1,7 +1,7 @@
 """States of a run on local disk, from which it goes on. Knows files and their hashes; what is in them is the trainer's.
 
 A state appears under its name only when it is whole and on disk, and is verified before it is used. One that a power
-cut has damaged is passed over for the one before.
+cut has damaged is passed over for the one before. Where the disk may go with its machine, each is stored besides.
 """
 
 import contextlib
@@ -11,15 +11,15 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from tuneloom.store.base import BlobNotFound
+from tuneloom.train.states import SEAL, STATE_NAME, StoredStates
 
-SEAL = "checkpoint.json"
-_NAME = "step-{:08d}"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,40 +32,88 @@ class SavedState:
 
 
 class Checkpoints:
-    """The states of one job in `folder`; the newest `keep` remain."""
+    """The states of one job in `folder`; the newest `keep` remain. `stored` has them in the blob store besides."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, stored: StoredStates | None = None) -> None:
         self._folder = folder
         self._keep = keep
+        self._stored = stored
 
     def save(self, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
         """Let `write` fill a folder and keep it as the state at `step`; a whole one that is there already stays."""
-        target = self._folder / _NAME.format(step)
+        target = self._folder / STATE_NAME.format(step)
         if self._read(target) is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            draft = self._folder / f".draft-{secrets.token_hex(6)}"
-            draft.mkdir()
-            try:
+            with self._draft() as draft:
                 write(draft)
                 _seal(draft, step, facts)
-                shutil.rmtree(target, ignore_errors=True)
-                os.rename(draft, target)
-                _sync(self._folder)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+                self._install(draft, target)
+        if self._stored is not None:
+            self._stored.put(target)
         self._prune()
         return target
 
     def latest(self) -> SavedState | None:
-        """The newest whole state; None where a run must start over."""
-        for path in sorted(self._folder.glob("step-*"), reverse=True):
+        """The newest whole state, fetched if only the blob store has it; None where a run must start over.
+
+        Removes what killed processes left half written, so no other process may be saving.
+        """
+        for draft in self._folder.glob(".draft-*"):
+            shutil.rmtree(draft, ignore_errors=True)
+        here = self._newest_here()
+        for step in [] if self._stored is None else self._stored.steps():
+            if here is not None and step <= here.step:
+                break
+            if (state := self._fetch(step)) is not None:
+                return state
+        return here
+
+    def drop_stored(self) -> None:
+        """Remove the states from the blob store: the job has ended."""
+        if self._stored is not None:
+            self._stored.drop()
+
+    def _newest_here(self) -> SavedState | None:
+        for path in self._names():
             if (state := self._read(path)) is not None:
                 return state
             logger.warning("checkpoint passed over, it is not whole: %s", path.name)
         return None
 
+    def _fetch(self, step: int) -> SavedState | None:
+        assert self._stored is not None, "only stored states are fetched"
+        target = self._folder / STATE_NAME.format(step)
+        with self._draft() as draft:
+            try:
+                self._stored.fetch(step, draft)
+            except BlobNotFound:
+                return None
+            if self._read(draft) is None:
+                logger.warning("stored checkpoint passed over, it is not whole: %s", target.name)
+                return None
+            self._install(draft, target)
+        return self._read(target)
+
+    @contextlib.contextmanager
+    def _draft(self) -> Iterator[Path]:
+        """An empty folder that is gone at the end unless it was installed."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        draft = self._folder / f".draft-{secrets.token_hex(6)}"
+        draft.mkdir()
+        try:
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _install(self, draft: Path, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(draft, target)
+        _sync(self._folder)
+
+    def _names(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*"), reverse=True)
+
     def _prune(self) -> None:
-        for path in sorted(self._folder.glob("step-*"), reverse=True)[self._keep :]:
+        for path in self._names()[self._keep :]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _read(self, path: Path) -> SavedState | None:

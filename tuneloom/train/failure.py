@@ -8,6 +8,8 @@ from tuneloom.domain import JobError
 from tuneloom.errors import TuneloomError
 
 FULL_DISK_BYTES = 64 << 20
+# Of safetensors and numpy, and of SQLite, which raise errors of their own.
+_DISK_TEXTS = ("No space left on device", "database or disk is full")
 
 
 class NotFinite(TuneloomError):
@@ -30,11 +32,11 @@ def describe(error: BaseException, home: Path) -> JobError:
         return JobError(
             code="disk_full", message=f"The disk of `{home}` is full. Free some space and start the job again."
         )
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return JobError(
             code="out_of_memory",
-            message="The run needs more memory than there is. Use a smaller `batch_size`, a smaller "
-            "`tuneloom.max_length` with shorter rows, or a smaller base.",
+            message="The run needs more memory than there is, even one row at a time. Use shorter rows (`tuneloom.max_length` "
+            "with `long_rows` `cut`), `tuneloom.quantization`, a lower `tuneloom.rank`, or a smaller base.",
         )
     return JobError(code="internal_error", message=f"The run ended with {type(error).__name__}: {str(error)[:500]}")
 
@@ -43,19 +45,26 @@ def worker_lost(restarts: int) -> JobError:
     return JobError(
         code="worker_lost",
         message=f"The training process died {restarts} times and gave no reason; often the machine has run out of "
-        "memory. Use a smaller `batch_size` or shorter rows.",
+        "memory. Use shorter rows (`tuneloom.max_length` with `long_rows` `cut`), `tuneloom.quantization`, or a smaller "
+        "base.",
     )
 
 
-def _is_disk_full(error: BaseException, home: Path) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    # The writers of torch and safetensors raise errors of their own, whose texts differ by version.
-    return isinstance(error, Exception) and shutil.disk_usage(home).free < FULL_DISK_BYTES
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or in host memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     # torch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _is_disk_full(error: BaseException, home: Path) -> bool:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(cause) for text in _DISK_TEXTS):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    # The writer of torch says only that it failed.
+    return isinstance(error, Exception) and shutil.disk_usage(home).free < FULL_DISK_BYTES

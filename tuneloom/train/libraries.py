@@ -1,5 +1,6 @@
 """The modules that need torch, imported late and quietly: seconds in which the pulse goes on."""
 
+import gc
 import logging
 import os
 import warnings
@@ -32,3 +33,12 @@ def import_libraries(threads: int) -> Libraries:
     lora.use_one_process()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     return Libraries(lora, models, steps)
+
+
+def release_memory() -> None:
+    """Give back what objects held that nothing refers to any more; trainers are full of cycles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -49,6 +49,11 @@ class Voice:
         self._pending_changes: dict[str, Any] = {}
         self._flushed_at = 0.0
         self._event_at = 0.0
+        self._measured: Callable[[], dict[str, Any]] = dict
+
+    def measure(self, read: Callable[[], dict[str, Any]]) -> None:
+        """Write the fields that `read` gives with each commit from now on."""
+        self._measured = read
 
     def progress(self) -> Progress:
         """The record as the store holds it. Raises FenceLost if it belongs to another attempt."""
@@ -120,7 +125,8 @@ class Voice:
 
     def _merged(self, record: Progress, changes: dict[str, Any]) -> dict[str, Any]:
         logged = max(record.logged_step, self._pending_step)
-        return {**self._pending_changes, **changes, "heartbeat_at": self._clock(), "logged_step": logged}
+        told = {**self._pending_changes, **self._measured(), **changes}
+        return {**told, "heartbeat_at": self._clock(), "logged_step": logged}
 
     def _known(self) -> Stored[Progress]:
         return self._stored or self._read()
@@ -152,11 +158,20 @@ class Pulse:
     """A thread that keeps the heartbeat while the trainer imports, loads and computes, and watches what is wanted.
 
     `stop_file` appears when the driver is told to end: the trainer then saves and leaves without a last word.
+    `notice` is set when the node is about to be taken away. `look` is called each second.
     """
 
-    def __init__(self, voice: Voice, stop_file: Path) -> None:
+    def __init__(
+        self,
+        voice: Voice,
+        stop_file: Path,
+        notice: threading.Event | None = None,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
         self._voice = voice
         self._stop_file = stop_file
+        self._notice = notice or threading.Event()
+        self._look_around = look
         self._is_over = threading.Event()
         self._lost: FenceLost | None = None
         self._intent: Intent = "run"
@@ -169,6 +184,11 @@ class Pulse:
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join(timeout=30)
+
+    @property
+    def is_noticed(self) -> bool:
+        """Whether the node is about to be taken away."""
+        return self._notice.is_set()
 
     def intent(self, *, fresh: bool = False) -> Intent:
         """What is wanted as of a second ago, or with `fresh` as of now. Raises FenceLost."""
@@ -183,6 +203,7 @@ class Pulse:
         while not self._is_over.wait(POLL_S):
             try:
                 self._look()
+                self._look_around()
                 if time.monotonic() - beat_at >= HEARTBEAT_S:
                     self._voice.heartbeat()
                     beat_at = time.monotonic()
@@ -199,4 +220,5 @@ class Pulse:
         except FenceLost as error:
             self._lost = error
             return
-        self._intent = "stop" if intent == "run" and self._stop_file.exists() else intent
+        is_told = self.is_noticed or self._stop_file.exists()
+        self._intent = "stop" if intent == "run" and is_told else intent

@@ -1,30 +1,46 @@
-"""What happens between two steps of a run: metrics, checkpoints, and a look at what is wanted of the job."""
+"""What happens between two steps of a run: metrics, evaluations, checkpoints, a look at what is wanted of the job."""
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from tuneloom.train.checkpoints import Checkpoints
+from tuneloom.train import meter
+from tuneloom.train.best import BestAdapter
+from tuneloom.train.checkpoints import Checkpoints, SavedState
 from tuneloom.train.data import Tokens
+from tuneloom.train.deaths import Deaths
+from tuneloom.train.evaluations import Evaluation, Evaluations
 from tuneloom.train.failure import NotFinite
 from tuneloom.train.lora import STATE_ADAPTER, LoraTrainer
+from tuneloom.train.models import save_adapter
+from tuneloom.train.pace import Pace
 from tuneloom.train.plan import Plan
 from tuneloom.train.progress import Pulse, Voice
 from tuneloom.train.publish import Publisher
 
-# Steps over which the time of a step is averaged for the estimate.
-_RECENT = 20
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run keeps what it has reached."""
+
+    checkpoints: Checkpoints
+    best: BestAdapter
+    publisher: Publisher
+    deaths: Deaths
 
 
 class Steps(TrainerCallback):
     """Follows one trainer through its steps.
 
     A state is saved at each end of an epoch, every `plan`ned number of steps, every `interval_s` seconds, and when the
-    job is paused or the process told to end. `metrics` are those of the last step.
+    job is paused or the process told to end. `metrics` are those of the last step. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -32,31 +48,66 @@ class Steps(TrainerCallback):
         plan: Plan,
         voice: Voice,
         pulse: Pulse,
-        checkpoints: Checkpoints,
-        publisher: Publisher,
+        places: Places,
         *,
-        every_steps: int | None,
+        base_id: str,
         interval_s: float,
         validation: Tokens | None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.metrics: dict[str, float] = {}
+        self.evaluations = Evaluations(plan.early_stopping_patience, plan.early_stopping_min_delta)
+        self._best_metrics: dict[str, float] = {}
         self._plan = plan
         self._voice = voice
         self._pulse = pulse
-        self._checkpoints = checkpoints
-        self._publisher = publisher
-        self._every_steps = every_steps
+        self._places = places
+        self._base_id = base_id
         self._interval_s = interval_s
         self._validation = validation
         self._clock = clock
         self._trainer: LoraTrainer | None = None
         self._saved_at = clock()
-        self._ends: deque[float] = deque(maxlen=_RECENT + 1)
+        self._pace = Pace()
         self._scored: dict[str, float] = {}
 
     def follow(self, trainer: LoraTrainer) -> None:
         self._trainer = trainer
+
+    def go_on_from(self, state: SavedState | None) -> None:
+        """Know what was known when `state` was saved, and make its adapter callable."""
+        self._places.best.restore(state.path if state else None)
+        if state is None:
+            return
+        self.metrics = state.facts["metrics"]
+        self._best_metrics = state.facts["best_metrics"]
+        self.evaluations.restore(state.facts["evaluations"])
+        adapter = state.path / STATE_ADAPTER
+        self._places.publisher.checkpoint(adapter, state.step, self.metrics, self._plan.rank)
+
+    def last_step(self, state: SavedState | None) -> int:
+        """The step at which training is over. Where that is before the last of the plan, it is told."""
+        step = max(self.trainer.state.global_step, state.step if state else 0)
+        assert step == self._plan.total_steps or self.evaluations.is_over, "training ends early for no reason"
+        if step < self._plan.total_steps:
+            best = self.evaluations.best
+            assert best is not None, "no run stops early without an evaluation"
+            self._voice.say(
+                f"Training stops early at step {step}: {self.evaluations.patience} evaluations in a row brought no "
+                f"lower validation loss; the adapter of step {best.step} is kept (validation loss {best.loss:.2f})"
+            )
+        return step
+
+    def take_best(self) -> dict[str, float]:
+        """Give the model the adapter that is handed over, and return its metrics.
+
+        That is the one of the last step, or where the run may stop early, the one with the least validation loss.
+        """
+        folder = self._places.best.folder
+        if self.evaluations.patience is None or not folder.exists():
+            return self.metrics
+        set_peft_model_state_dict(self.trainer.model, load_file(folder / "adapter_model.safetensors"))
+        return self._best_metrics
 
     @property
     def trainer(self) -> LoraTrainer:
@@ -65,7 +116,7 @@ class Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saved_at = self._clock()
-        self._ends.append(self._clock())
+        self._pace.start(self._clock(), state.global_step, self.trainer.batches.tokens_until(state.global_step))
 
     def on_substep_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # The state can only be saved at the end of a step, but nothing of a cancelled job is kept.
@@ -74,20 +125,14 @@ class Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step
-        self._ends.append(self._clock())
+        self._pace.step(self._clock(), step, self.trainer.batches.tokens_until(step))
         ends_epoch = step % self._plan.steps_per_epoch == 0
-        if ends_epoch and self._validation is not None:
-            score = self.trainer.score(self._validation, self._plan.micro_size)
-            self._scored = {
-                "valid_loss": score.loss,
-                "valid_mean_token_accuracy": score.accuracy,
-                "full_valid_loss": score.loss,
-                "full_valid_mean_token_accuracy": score.accuracy,
-            }
+        if self._is_evaluated(step):
+            self._evaluate(step)
         intent = self._pulse.intent(fresh=True)
         if intent == "cancel":
             control.should_training_stop = True
-        elif intent in ("pause", "stop"):
+        elif intent in ("pause", "stop") or self.evaluations.is_over:
             control.should_training_stop = True
             control.should_save = True
         elif ends_epoch or self._is_due(step):
@@ -110,7 +155,11 @@ class Steps(TrainerCallback):
             "train_mean_token_accuracy": logs["mean_token_accuracy"],
             **self._scored,
         }
+        best = self.evaluations.best
+        if best is not None and best.step == step:
+            self._best_metrics = self.metrics
         self._scored = {}
+        finish_at = self._pace.finish_at(self._plan.total_steps)
         self._voice.metrics(
             step,
             self._sentence(step),
@@ -119,11 +168,15 @@ class Steps(TrainerCallback):
                 "step": step,
                 "total_steps": self._plan.total_steps,
                 "learning_rate": logs["learning_rate"],
+                "grad_norm": logs["grad_norm"],
+                "tokens_per_second": round(self._pace.tokens_per_second, 1),
+                "memory_bytes": meter.memory_bytes(),
+                "estimated_finish": int(finish_at),
             },
             stage="training",
             total_steps=self._plan.total_steps,
             trained_tokens=self.trainer.batches.tokens_until(step),
-            estimated_finish=self._estimate(step),
+            estimated_finish=finish_at,
         )
 
     def save(self, trainer: LoraTrainer) -> None:
@@ -131,14 +184,44 @@ class Steps(TrainerCallback):
         step = trainer.state.global_step
         # First: a run that goes on from this state never tells of the steps before it again.
         self._voice.heartbeat()
-        path = self._checkpoints.save(step, trainer.save_state, {"metrics": self.metrics})
-        self._publisher.checkpoint(path / STATE_ADAPTER, step, self.metrics, self._plan.rank)
+
+        def write(folder: Path) -> None:
+            trainer.save_state(folder)
+            self._places.best.copy_into(folder)
+
+        facts = {
+            "metrics": self.metrics,
+            "best_metrics": self._best_metrics,
+            "evaluations": self.evaluations.facts(),
+            "micro_size": self._plan.micro_size,
+        }
+        path = self._places.checkpoints.save(step, write, facts)
+        self._places.deaths.saved()
+        self._places.publisher.checkpoint(path / STATE_ADAPTER, step, self.metrics, self._plan.rank)
         self._saved_at = self._clock()
 
+    def _is_evaluated(self, step: int) -> bool:
+        if self._validation is None:
+            return False
+        every = self._plan.evaluate_every_steps or self._plan.steps_per_epoch
+        return step % every == 0 or step == self._plan.total_steps
+
+    def _evaluate(self, step: int) -> None:
+        assert self._validation is not None, "there are rows to evaluate on"
+        score = self.trainer.score(self._validation, self._plan.micro_size)
+        self._scored = {
+            "valid_loss": score.loss,
+            "valid_mean_token_accuracy": score.accuracy,
+            "full_valid_loss": score.loss,
+            "full_valid_mean_token_accuracy": score.accuracy,
+        }
+        is_best = self.evaluations.add(Evaluation(step, score.loss, score.accuracy))
+        if is_best and self.evaluations.patience is not None:
+            self._places.best.keep(lambda folder: save_adapter(self.trainer.model, folder, self._base_id))
+
     def _is_due(self, step: int) -> bool:
-        if self._every_steps and step % self._every_steps == 0:
-            return True
-        return self._clock() - self._saved_at >= self._interval_s
+        every = self._plan.checkpoint_every_steps
+        return bool(every and step % every == 0) or self._clock() - self._saved_at >= self._interval_s
 
     def _sentence(self, step: int) -> str:
         parts = [f"training loss={self.metrics['train_loss']:.2f}"]
@@ -146,7 +229,3 @@ class Steps(TrainerCallback):
             parts.append(f"validation loss={self.metrics['valid_loss']:.2f}")
             parts.append(f"full validation loss={self.metrics['full_valid_loss']:.2f}")
         return f"Step {step}/{self._plan.total_steps}: {', '.join(parts)}"
-
-    def _estimate(self, step: int) -> float:
-        seconds = (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
-        return self._ends[-1] + seconds * (self._plan.total_steps - step)
