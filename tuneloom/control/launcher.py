@@ -212,9 +212,11 @@ def _memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -
         return None, None
     try:
         limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return free, whole
-    return min(free, max(0, limit - used)), min(whole, limit)
+    # Pages of files count as used, and go as soon as somebody needs them.
+    return min(free, max(0, limit - used + int(stat.get("inactive_file", 0)))), min(whole, limit)
 
 
 def _labels(job: Job) -> dict[str, str]:
