@@ -154,7 +154,7 @@ def test_adapters_come_in_take_turns_and_go_out_as_they_came(
     assert shell("models", "rollback", "bot") == 1 and "no version before" in shell.err
 
     target = tmp_path / "out"
-    assert shell("models", "download", "bot@v2", "--to", str(target)) == 0
+    assert shell("models", "export", "bot@v2", "--to", str(target)) == 0
     weights = "adapter_model.safetensors"
     assert (target / weights).read_bytes() == (tiny_adapters[1] / weights).read_bytes()
     assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
@@ -175,6 +175,83 @@ def test_a_downloaded_adapter_is_loaded_by_plain_peft(
     assert shell("models", "download", "bot", "--to", str(tmp_path / "bot")) == 0
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "bot")
     assert model.peft_config["default"].r == 4
+
+
+def test_a_merged_model_goes_out_and_comes_back_as_a_base(
+    shell: Shell, tiny_home: Path, tiny_base: Path, tiny_adapters: list[Path], tmp_path: Path
+):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    shell("models", "import", str(tiny_adapters[0]), "--name", "bot")
+    target = tmp_path / "merged"
+    assert shell("models", "export", "bot@v1", "--merged", "--to", str(target)) == 0
+    assert shell.out.startswith(f"{target} (fp32, ") and "logits differ from base and adapter by" in shell.out
+    assert "Traceback" not in shell.err and "Warning" not in shell.err
+
+    ids = torch.tensor([[1, 5, 300, 17, 42]])
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tiny_adapters[0])
+    with torch.no_grad():
+        wanted = tuned(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(target)(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5 * wanted.abs().max().item(), rtol=0)
+    assert shell("bases", "add", str(target), "--id", "my/merged") == 0
+    assert shell("bases", "list", "--verify") == 0 and "my/merged" in shell.out
+
+    assert shell("models", "export", "bot@v1", "--merged", "--to", str(target)) == 1 and "is there already" in shell.err
+    assert shell("models", "export", "bot", "--merged", "--dtype", "int3", "--to", str(tmp_path / "x")) == 1
+    assert "Use `bf16` or `fp32`" in shell.err
+    assert shell("models", "export", "bot", "--dtype", "bf16") == 1 and "goes with `--merged`" in shell.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "merged"]
+
+
+def test_an_export_has_the_lineage_and_show_tells_of_it(
+    shell: Shell, tiny_home: Path, tiny_adapters: list[Path], tmp_path: Path
+):
+    for adapter in tiny_adapters[:2]:
+        shell("models", "import", str(adapter), "--name", "bot")
+    store = open_store(config.load(shell.home))
+    version = store.records.versions.get(f"{LOCAL_OWNER}:bot:v2").value
+    store.blobs.write(f"{version.adapter.uri}/lineage.json", b'{"signed": true}')
+    store.close()
+
+    assert shell("models", "export", "bot@v2", "--to", str(tmp_path / "v2")) == 0
+    assert (tmp_path / "v2" / "lineage.json").read_bytes() == b'{"signed": true}'
+    assert shell("models", "export", "bot", "--to", str(tmp_path / "v1")) == 0
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "v1").iterdir()) == files
+
+    assert shell("models", "show", "bot") == 0
+    head, _, first, second = shell.out.splitlines()
+    assert head == "bot on tiny/llama, calls v1"
+    assert first.split()[:2] == ["v1", "*"] and first.split()[-4:] == ["imported", "no", "-", "-"]
+    assert second.split()[-4:] == ["imported", "yes", "-", "-"]
+    assert shell("models", "show", "bot", "--json") == 0
+    assert [row["lineage"] for row in json.loads(shell.out)["versions"]] == [False, True]
+    assert shell("models", "show", "nothing") == 1 and "does not exist" in shell.err
+
+
+def test_a_copied_bucket_comes_in_with_its_versions(
+    shell: Shell, tiny_home: Path, tiny_adapters: list[Path], tmp_path: Path
+):
+    for number, adapter in enumerate(tiny_adapters[:2], start=1):
+        folder = tmp_path / "bucket" / "models" / "bot" / f"v{number}"
+        shutil.copytree(adapter, folder / "adapter")
+        (folder / "training_config.json").write_text(json.dumps({"base_model": "google/x", "lora_r": 4}))
+        path = folder / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "google/x"}))
+
+    command = ["models", "import-layout", str(tmp_path / "bucket")]
+    assert shell(*command) == 1 and "--base-map google/x=ID" in shell.out
+    assert shell(*command, "--base-map", "google/x") == 1 and "Use OLD=NEW" in shell.err
+    assert shell(*command, "--base-map", f"google/x={BASE}") == 0
+    assert [line.split()[:4] for line in shell.out.splitlines()[1:]] == [
+        [f"bot/v{number}", "added", f"bot@v{number}", BASE] for number in (1, 2)
+    ]
+    assert shell(*command, "--base-map", f"google/x={BASE}", "--json") == 0
+    assert [(row["result"], row["settings"]) for row in json.loads(shell.out)] == [("present", {"rank": 4})] * 2
+    assert shell("models", "list") == 0 and "bot@v2 *" in shell.out
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,22 @@ def test_an_adapter_goes_in_and_comes_out_as_plain_peft_reads_it(with_base, tiny
     assert api.get(f"{OURS}/{ft_name.replace('/', '%2F')}/adapter").status_code == 200
 
 
+def test_the_lineage_goes_out_with_the_adapter_and_is_told(with_base, tiny_adapters):
+    api = with_base
+    for folder in tiny_adapters[:2]:
+        send_adapter(api, folder)
+    version = api.store.records.versions.get("ada:bot:v2").value
+    api.store.blobs.write(f"{version.adapter.uri}/lineage.json", b"{}")
+
+    shown = api.get(f"{OURS}/bot").json()["versions"]
+    assert [(row["lineage"], row["fidelity"]) for row in shown] == [(False, None), (True, None)]
+    for name, has_lineage in (("bot@v1", False), ("bot@v2", True)):
+        with zipfile.ZipFile(io.BytesIO(api.get(f"{OURS}/{name}/adapter").content)) as bundle:
+            assert ("lineage.json" in bundle.namelist()) == has_lineage
+    api.delete("/v1/models/bot")
+    assert api.store.blobs.list("imports") == []
+
+
 def test_an_import_is_safe_to_repeat(with_base, tiny_adapters):
     api = with_base
     api.client.headers["x-stainless-retry-count"] = "1"

@@ -1,21 +1,21 @@
 """`tuneloom models`: tuned models and their versions, changed in the store itself; a running API follows at once."""
 
+import dataclasses
 import json
-import shutil
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tuneloom.cli.session import Api, open_store, print_json, print_rows, read_settings
 from tuneloom.domain import LOCAL_OWNER
-from tuneloom.errors import Conflict, InvalidRequest, ModelNotFound
+from tuneloom.errors import InvalidRequest, ModelNotFound
 
 if TYPE_CHECKING:
     from tuneloom.config import Settings
-    from tuneloom.domain import AdapterRef
+    from tuneloom.domain import AdapterRef, Version
     from tuneloom.store import Store
 
 app = typer.Typer(help="Tuned models and their versions.", no_args_is_help=True)
@@ -118,30 +118,95 @@ def import_model(
 
 
 @app.command()
-def download(
+def show(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="A model, a version, or a checkpoint, by any of its names.")],
+    name: Name,
+    owner: Owner = LOCAL_OWNER,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """One model: each version with its job, what was measured of it, and whether its lineage is recorded."""
+    from tuneloom.control import exports, models
+
+    with open_store(context) as store:
+        model = models.get_model(store.records, owner, name).value
+        versions = models.list_versions(store.records, owner, name)
+        lineages = [exports.has_lineage(store.blobs, version.adapter) for version in versions]
+    if as_json:
+        shown = [{**v.model_dump(), "lineage": has} for v, has in zip(versions, lineages, strict=True)]
+        print_json({**model.model_dump(), "versions": shown})
+        return
+    active = f"calls v{model.active}" if model.active else "has no version"
+    typer.echo(f"{model.name} on {model.base}, {active}")
+    print_rows(
+        ["version", "created", "rank", "job", "lineage", "fidelity", "metrics"],
+        [_version_row(v, has, v.number == model.active) for v, has in zip(versions, lineages, strict=True)],
+    )
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    name: AnyName,
     to: Annotated[Path | None, typer.Option("--to", help="The folder to make; the model's name without it.")] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="The whole model, the adapter merged into the base's weights.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of merged weights: bf16 or fp32; that of the base without it.")
+    ] = None,
     owner: Owner = LOCAL_OWNER,
 ) -> None:
-    """Write an adapter as a folder that plain `peft` loads."""
-    from tuneloom.store.artifacts import fetch_adapter
+    """Write an adapter as a folder that plain `peft` loads, or merged as one that plain `transformers` loads."""
+    from tuneloom.control import exports
+    from tuneloom.store.drafts import draft_folder
 
+    if dtype is not None and (not merged or dtype not in ("bf16", "fp32")):
+        raise InvalidRequest(
+            f"Invalid `--dtype`: {dtype!r}. Use `bf16` or `fp32`." if merged else "`--dtype` goes with `--merged`."
+        )
     with open_store(context) as store:
         ref, base = _adapter(store, owner, name)
         target = to or Path(name.replace("@", "-").replace(":", "-").replace("/", "-"))
-        if target.exists():
-            raise Conflict(f"{target} is there already. Remove it, or choose another folder with `--to`.")
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".tuneloom-") as scratch:
-            folder = fetch_adapter(store.blobs, ref, Path(scratch))
-            draft = shutil.copytree(folder, Path(scratch) / "draft")
-            # An imported adapter may name a folder of the machine that it was trained on.
-            config = json.loads((draft / "adapter_config.json").read_bytes())
-            text = json.dumps({**config, "base_model_name_or_path": base}, indent=2)
-            (draft / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-            draft.rename(target)
-    typer.echo(f"{target} (rank {ref.rank}, {ref.size_bytes / 1e6:.1f} MB)")
+        with draft_folder(target) as draft:
+            if merged:
+                said = _merge(read_settings(context), store, ref, draft, name=name, base_id=base, dtype=dtype)
+            else:
+                exports.write_adapter(store.blobs, ref, draft, name=name, base=base)
+                said = f"rank {ref.rank}, {ref.size_bytes / 1e6:.1f} MB"
+    typer.echo(f"{target} ({said})")
+
+
+# The name of it before there was a merged form.
+app.command("download", hidden=True)(export)
+
+
+@app.command("import-layout")
+def import_layout(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A folder with NAME/vN/adapter, as a copy of a bucket's `models/`.")],
+    base_map: Annotated[
+        list[str] | None, typer.Option("--base-map", help="OLD=NEW: the base that OLD is called here; repeatable.")
+    ] = None,
+    owner: Owner = LOCAL_OWNER,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: also the settings that were found.")] = False,
+) -> None:
+    """Add the models and versions of a folder in the layout `models/NAME/vN/adapter`; again, and it adds the rest."""
+    from tuneloom.control import layout
+    from tuneloom.control.context import ApiContext
+
+    renamed = dict(_split_pair(pair) for pair in base_map or ())
+    with open_store(context) as store:
+        api = ApiContext(read_settings(context), store, b"", lambda: None)
+        results = layout.import_layout(api, owner, folder, renamed)
+    if as_json:
+        print_json([dataclasses.asdict(result) for result in results])
+    else:
+        print_rows(
+            ["found", "result", "as", "base", "note"],
+            [[r.found, r.result, r.added_as or "-", r.base or "-", r.note] for r in results],
+        )
+    if any(result.result == "refused" for result in results):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -194,6 +259,62 @@ def _act(context: typer.Context, action: str, name: str, owner: str) -> None:
         typer.echo(f"{base} has no replica at the moment")
     if done["failed"]:
         raise typer.Exit(1)
+
+
+def _merge(
+    settings: "Settings",
+    store: "Store",
+    ref: "AdapterRef",
+    draft: Path,
+    *,
+    name: str,
+    base_id: str,
+    dtype: Any,
+) -> str:
+    """Fill `draft` with the merged model; returns what is to be said of it."""
+    import psutil
+
+    from tuneloom import bases
+    from tuneloom.control import exports
+    from tuneloom.store.artifacts import fetch_adapter
+    from tuneloom.train.merge import memory_needed, merge
+
+    base = bases.get_base(settings.bases_dir, base_id)
+    needed, free = memory_needed(base), psutil.virtual_memory().available
+    if needed > free:
+        raise InvalidRequest(
+            f"Merging into `{base_id}` takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free. "
+            "Do it where there is more, or export the adapter without `--merged`."
+        )
+    with tempfile.TemporaryDirectory(prefix="tuneloom-adapter-") as cache:
+        adapter = fetch_adapter(store.blobs, ref, Path(cache))
+        made = merge(base, adapter, draft, dtype=dtype, say=lambda text: typer.echo(text, err=True))
+    exports.write_merged_readme(draft, name=name, base=base_id)
+    exports.copy_lineage(store.blobs, ref, draft)
+    return (
+        f"{made.dtype}, {made.size_bytes / 1e6:,.0f} MB; logits differ from base and adapter by {made.difference:.1g} "
+        f"of the largest, where the adapter changes them by {made.effect:.1g}"
+    )
+
+
+def _version_row(version: "Version", has_lineage: bool, is_active: bool) -> list[str]:
+    fidelity = version.fidelity
+    return [
+        f"v{version.number}" + (" *" if is_active else ""),
+        datetime.fromtimestamp(version.created_at, UTC).strftime("%Y-%m-%d %H:%M"),
+        str(version.adapter.rank),
+        version.job_id or "imported",
+        "yes" if has_lineage else "no",
+        f"{fidelity.max_difference:.1g} of {fidelity.tolerance:g}" if fidelity else "-",
+        ", ".join(f"{key} {value:.4g}" for key, value in version.metrics.items()) or "-",
+    ]
+
+
+def _split_pair(pair: str) -> tuple[str, str]:
+    old, separator, new = pair.partition("=")
+    if not separator or not old or not new:
+        raise InvalidRequest(f"Invalid `--base-map`: {pair!r}. Use OLD=NEW.")
+    return old, new
 
 
 def _adapter(store: "Store", owner: str, name: str) -> "tuple[AdapterRef, str]":

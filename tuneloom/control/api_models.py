@@ -3,8 +3,6 @@
 import json
 import shutil
 import tempfile
-import time
-import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tuneloom.bases import catalogue, get_base
-from tuneloom.control import models, repeat
+from tuneloom.control import exports, models, repeat
 from tuneloom.control.body import Body, Form, digest, identify, parse, read_form, read_json
 from tuneloom.control.context import ApiContext, caller, in_thread
 from tuneloom.domain import AdapterRef, Model, Version, check_model_name, version_id
 from tuneloom.errors import InvalidRequest, MissingParameter, ModelNotFound, PermissionDenied, UnknownParameter
-from tuneloom.store.artifacts import ADAPTER_FILES, fetch_adapter
+from tuneloom.store.artifacts import ADAPTER_FILES
 from tuneloom.store.base import BlobNotFound, Write
 from tuneloom.store.names import Named, find_named
 
@@ -199,8 +197,10 @@ class ModelsApi:
             raise ModelNotFound.named(name)
         work = Path(tempfile.mkdtemp(prefix="tuneloom-adapter-"))
         try:
-            folder = fetch_adapter(self._store.blobs, holder.value.adapter, work / "cache")
-            return write_archive(work / "adapter.zip", folder, name, holder.value.base)
+            folder = work / "adapter"
+            folder.mkdir()
+            exports.write_adapter(self._store.blobs, holder.value.adapter, folder, name=name, base=holder.value.base)
+            return exports.write_archive(work / "adapter.zip", folder)
         except BlobNotFound as error:
             shutil.rmtree(work, ignore_errors=True)
             raise ModelNotFound.named(name) from error
@@ -216,7 +216,11 @@ class ModelsApi:
 
     def _show(self, owner: str, name: str) -> dict[str, Any]:
         model = models.get_model(self._records, owner, name).value
-        return show_model(model, models.list_versions(self._records, owner, name))
+        versions = models.list_versions(self._records, owner, name)
+        shown = show_model(model, versions)
+        for row, version in zip(shown["versions"], versions, strict=True):
+            row["lineage"] = exports.has_lineage(self._store.blobs, version.adapter)
+        return shown
 
 
 def show_version(version: Version, name: str) -> dict[str, Any]:
@@ -243,41 +247,11 @@ def show_model(model: Model, versions: list[Version]) -> dict[str, Any]:
                 "bytes": version.adapter.size_bytes,
                 "sha256": version.adapter.sha256,
                 "metrics": version.metrics,
+                "fidelity": version.fidelity.model_dump() if version.fidelity else None,
             }
             for version in versions
         ],
     }
-
-
-def write_archive(path: Path, folder: Path, name: str, base: str) -> Path:
-    """A zip of the adapter in `folder` whose config names the base by its id, and a README that says how to load it."""
-    config_name, weights_name = ADAPTER_FILES
-    config = json.loads((folder / config_name).read_bytes())
-    config["base_model_name_or_path"] = base
-    # Weights hardly compress: stored, the archive costs no time.
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(config_name, json.dumps(config, indent=2) + "\n")
-        archive.write(folder / weights_name, weights_name)
-        archive.writestr("README.md", _readme(name, base))
-    return path
-
-
-def _readme(name: str, base: str) -> str:
-    return f"""---
-base_model: {base}
-library_name: peft
----
-
-# {name}
-
-A LoRA adapter of `{base}`, trained by tuneloom on {time.strftime("%Y-%m-%d", time.gmtime())} or earlier.
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")
-```
-"""
 
 
 def _show(name: str, owner: str, base: str, created_at: float, adapter: AdapterRef) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tuneloom.domain import (
     TERMINAL,
     AdapterRef,
     Checkpoint,
+    Fidelity,
     Job,
     Model,
     Registration,
@@ -77,25 +78,26 @@ def add_version(
     at: float,
     job_id: str | None = None,
     metrics: dict[str, float] | None = None,
+    fidelity: Fidelity | None = None,
+    wanted_number: int = 0,
+    activate: bool = False,
 ) -> Addition:
-    """The next Version of `name`, making the Model if there is none. The first ready one is active; later ones wait.
+    """The next Version of `name`, making the Model if there is none. The first ready one is active; later ones wait
+    unless `activate` is set. It has `wanted_number` if that is above all numbers which there have been.
 
     Raises:
         InvalidRequest: the Model is on another base.
     """
     stored = records.models.find(model_id(owner, name))
-    number = 1 if stored is None else stored.value.next_version
+    number = max(wanted_number, 1 if stored is None else stored.value.next_version)
     if stored is None:
-        model = Model(
-            id=model_id(owner, name), owner=owner, name=name, base=base, created_at=at, next_version=2, active=1
-        )
-        write: Write = records.models.create(model)
+        model = Model(id=model_id(owner, name), owner=owner, name=name, base=base, created_at=at)
     else:
-        check_same_base(stored.value, base)
-        active = number if stored.value.active is None else stored.value.active
-        write = records.models.replace(
-            stored, stored.value.model_copy(update={"next_version": number + 1, "active": active})
-        )
+        model = stored.value
+        check_same_base(model, base)
+    active = number if activate or model.active is None else model.active
+    model = model.model_copy(update={"next_version": number + 1, "active": active})
+    write: Write = records.models.create(model) if stored is None else records.models.replace(stored, model)
     version = Version(
         id=version_id(owner, name, number),
         owner=owner,
@@ -107,6 +109,7 @@ def add_version(
         created_at=at,
         job_id=job_id,
         metrics=metrics or {},
+        fidelity=fidelity,
     )
     return Addition(version, (write, records.versions.create(version)))
 
@@ -223,7 +226,16 @@ def import_adapter(store: Store, owner: str, base: Base, name: str, folder: Path
 
 
 def draft_import(
-    store: Store, owner: str, base: Base, name: str, folder: Path, *, max_rank: int
+    store: Store,
+    owner: str,
+    base: Base,
+    name: str,
+    folder: Path,
+    *,
+    max_rank: int,
+    metrics: dict[str, float] | None = None,
+    wanted_number: int = 0,
+    activate: bool = False,
 ) -> Callable[[], Addition]:
     """Check and upload an adapter; the result makes the writes that add it, anew at each call."""
     check_model_name(name, param="name")
@@ -242,6 +254,9 @@ def draft_import(
         unique=short_id(unique),
         suffix=name,
         at=time.time(),
+        metrics=metrics,
+        wanted_number=wanted_number,
+        activate=activate,
     )
 
 
