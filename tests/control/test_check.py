@@ -22,11 +22,12 @@ def wait(checker: ProcessChecker, job_id: str = "ftjob-1", limit_s: float = 20) 
 def test_the_report_is_the_last_line_of_the_process_that_knows_home_and_job(tmp_path):
     program = (
         "import json, os; print('noise'); told = [os.environ['TUNELOOM_JOB'], os.environ['TUNELOOM_HOME']]; "
-        "print(json.dumps({'ok': True, 'rows': 3, 'warnings': told}))"
+        "notes = [{'level': 'info', 'message': text} for text in told]; "
+        "print(json.dumps({'ok': True, 'rows': 3, 'notes': notes}))"
     )
     report = wait(make(tmp_path, program))
     assert report.ok
-    assert (report.rows, report.warnings) == (3, ["ftjob-1", str(tmp_path)])
+    assert (report.rows, [note.message for note in report.notes]) == (3, ["ftjob-1", str(tmp_path)])
 
 
 def test_a_check_that_takes_too_long_is_ended_and_says_so(tmp_path):

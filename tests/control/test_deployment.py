@@ -30,7 +30,7 @@ def counter():
 
 def start(counter: Counter, **options: object) -> ControlLoop:
     options = {"tick_s": 60.0, "sweep": lambda: None, **options}
-    loop = ControlLoop(counter, options.pop("sweep"), options.pop("tick_s"), **options)
+    loop = ControlLoop([counter], options.pop("sweep"), options.pop("tick_s"), **options)
     loop.start()
     return loop
 

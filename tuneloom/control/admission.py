@@ -11,7 +11,6 @@ from tuneloom.domain import Job, JobError
 from tuneloom.store.records import Stored
 
 MAX_PROBLEM_EVENTS = 100
-MAX_WARNING_EVENTS = 20
 PROBLEMS_IN_MESSAGE = 3
 
 
@@ -42,7 +41,7 @@ class Admission:
             return
         estimate = self._estimator.estimate(job.spec, planned) if planned else None
         history = History(job, self._clock())
-        lines = [history.line(warning, "warn") for warning in report.warnings[:MAX_WARNING_EVENTS]]
+        lines = [history.line(note.message, note.level, note.data) for note in report.notes]
         if estimate is not None:
             lines.append(history.line(self._estimator.describe(estimate)))
         lines.append(history.line("Files validated, moving job to queued state"))

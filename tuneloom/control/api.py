@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tuneloom.control.api_checks import ChecksApi
 from tuneloom.control.api_files import FilesApi
 from tuneloom.control.api_jobs import JobsApi
 from tuneloom.control.api_keys import KeysApi
@@ -23,7 +24,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def routes(context: ApiContext) -> list[Route]:
-    apis = (FilesApi(context), JobsApi(context), ModelsApi(context), KeysApi(context))
+    apis = (FilesApi(context), ChecksApi(context), JobsApi(context), ModelsApi(context), KeysApi(context))
     return [
         Route(route.path, _stamped(route.endpoint), methods=sorted(route.methods or ()))
         for api in apis

@@ -1,4 +1,4 @@
-"""Checking the files of jobs in the background: one short-lived process per job, with a time limit.
+"""Checking files in the background: one short-lived process for each job or file check, with a time limit.
 
 The process is `python -m tuneloom.train.check`; it needs the tokenizer, so control does not do it itself. Nothing is
 kept: a restarted control checks again. No records; who asks decides what a report means.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,6 +23,8 @@ from tuneloom.domain import JobError, Setting
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "tuneloom.train.check")
+# What tells the process which job, or which file check.
+JOB_VARIABLE, FILE_CHECK_VARIABLE = "TUNELOOM_JOB", "TUNELOOM_FILE_CHECK"
 MAX_CRASHES = 3
 MAX_AT_ONCE = 2
 
@@ -37,6 +39,14 @@ class Problem(BaseModel):
     @property
     def text(self) -> str:
         return self.message if self.line is None else f"line {self.line}: {self.message}"
+
+
+class Note(BaseModel):
+    """A sentence for the history of a job whose files are good, with its numbers."""
+
+    level: Literal["info", "warn"]
+    message: str
+    data: dict[str, Any] | None = None
 
 
 class Planned(BaseModel):
@@ -55,7 +65,11 @@ class Planned(BaseModel):
 
 
 class CheckReport(BaseModel):
-    """What the check found, as the process prints it. `problems` may be the first of `problem_count`."""
+    """What the check found, as the process prints it. `problems` may be the first of `problem_count`.
+
+    `rows`, `tokens`, `longest` (a row, in tokens) and `learned_tokens` are of the rows to train on. `files` tells of
+    each file by the parameter that names it.
+    """
 
     ok: bool
     error: JobError | None = None
@@ -63,7 +77,13 @@ class CheckReport(BaseModel):
     problem_count: int = 0
     rows: int = 0
     tokens: int = 0
-    warnings: list[str] = []
+    longest: int = 0
+    learned_tokens: int = 0
+    validation_rows: int = 0
+    validation_tokens: int = 0
+    files: dict[str, dict[str, Any]] = {}
+    overlap: dict[str, Any] | None = None
+    notes: list[Note] = []
     planned: Planned | None = None
 
 
@@ -95,7 +115,10 @@ class _Run:
 
 
 class ProcessChecker:
-    """Runs the check of each job in a process of its own, a few at once. Used from one thread."""
+    """Runs each check in a process of its own, a few at once. Used from one thread.
+
+    `variable` is the name under which a process finds its id.
+    """
 
     def __init__(
         self,
@@ -103,11 +126,13 @@ class ProcessChecker:
         timeout_s: float,
         *,
         command: Sequence[str] = COMMAND,
+        variable: str = JOB_VARIABLE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._home = home
         self._timeout_s = timeout_s
         self._command = list(command)
+        self._variable = variable
         self._clock = clock
         self._runs: dict[str, _Run] = {}
         self._crashes: dict[str, int] = {}
@@ -149,7 +174,7 @@ class ProcessChecker:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,
-            env={**os.environ, "TUNELOOM_HOME": str(self._home), "TUNELOOM_JOB": job_id},
+            env={**os.environ, "TUNELOOM_HOME": str(self._home), self._variable: job_id},
         )
         return _Run(process, output, errors, self._clock() + self._timeout_s)
 

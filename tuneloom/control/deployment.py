@@ -6,11 +6,12 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tuneloom.config import Settings
-from tuneloom.control.check import ProcessChecker
+from tuneloom.control.check import FILE_CHECK_VARIABLE, ProcessChecker
+from tuneloom.control.file_checks import FileChecks
 from tuneloom.control.launcher import RayJobsLauncher, ray_jobs_client, ray_room
 from tuneloom.control.reconcile import Reconciler
 from tuneloom.control.sweep import sweep
@@ -34,14 +35,14 @@ class ControlLoop:
 
     def __init__(
         self,
-        reconciler: Ticker,
+        tickers: Sequence[Ticker],
         sweep: Callable[[], None],
         tick_s: float,
         *,
         sweep_interval_s: float = SWEEP_INTERVAL_S,
         stuck_after_s: float = STUCK_AFTER_S,
     ) -> None:
-        self._reconciler = reconciler
+        self._tickers = tickers
         self._sweep = sweep
         self._tick_s = tick_s
         self._sweep_interval_s = sweep_interval_s
@@ -78,7 +79,8 @@ class ControlLoop:
         while not self._stopping:
             # Cleared before the work: a poke during it is not lost.
             self._wake.clear()
-            self._guard(self._reconciler.tick, "tick")
+            for ticker in self._tickers:
+                self._guard(ticker.tick, "tick")
             if time.monotonic() - self._swept_at > self._sweep_interval_s:
                 self._swept_at = time.monotonic()
                 self._guard(self._sweep, "sweep")
@@ -105,7 +107,9 @@ class Control:
         self._checker = ProcessChecker(tree.home, tree.control.check_timeout_s)
         launcher = RayJobsLauncher(lambda: ray_jobs_client(cluster), tree.home, ray_room)
         reconciler = Reconciler(self._store, launcher, self._checker, tree.train)
-        self._loop = ControlLoop(reconciler, lambda: sweep(self._store), tree.control.tick_s)
+        self._file_checker = ProcessChecker(tree.home, tree.control.check_timeout_s, variable=FILE_CHECK_VARIABLE)
+        file_checks = FileChecks(self._store.records, self._file_checker)
+        self._loop = ControlLoop([reconciler, file_checks], lambda: sweep(self._store), tree.control.tick_s)
         self._loop.start()
 
     def poke(self) -> None:
@@ -119,4 +123,5 @@ class Control:
         if "_loop" in self.__dict__:
             self._loop.stop()
             self._checker.close()
+            self._file_checker.close()
             self._store.close()

@@ -13,12 +13,14 @@ logger = logging.getLogger(__name__)
 BATCH = 200
 # An upload that is over stays visible as such for a while.
 UPLOAD_MEMORY_S = 24 * 3600.0
+# What a file check found is read at once, and made anew if asked for later.
+FILE_CHECK_MEMORY_S = 600.0
 
 
 def sweep(store: Store, clock: Callable[[], float] = time.time) -> None:
     """One round; a few hundred records of each kind at most."""
     now = clock()
-    for step in (_sweep_files, _sweep_uploads, _sweep_repeats):
+    for step in (_sweep_files, _sweep_uploads, _sweep_repeats, _sweep_file_checks):
         try:
             step(store, now)
         except StoreConflict:
@@ -53,5 +55,13 @@ def _sweep_repeats(store: Store, now: float) -> None:
     bounds = Range(at_most=now - repeat.KEY_LIFE_S)
     old = store.records.repeats.query(order_by="created_at", bounds=bounds, limit=BATCH)
     writes: list[Write] = [store.records.repeats.delete(stored) for stored in old]
+    if writes:
+        store.records.commit(*writes)
+
+
+def _sweep_file_checks(store: Store, now: float) -> None:
+    bounds = Range(at_most=now - FILE_CHECK_MEMORY_S)
+    old = store.records.file_checks.query(order_by="finished_at", bounds=bounds, limit=BATCH)
+    writes: list[Write] = [store.records.file_checks.delete(s) for s in old if s.value.finished_at is not None]
     if writes:
         store.records.commit(*writes)

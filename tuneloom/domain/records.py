@@ -60,6 +60,20 @@ class UploadPart(Record):
     blob: str
 
 
+class FileCheck(Record):
+    """A check of files without a job. Its id is made of the owner and of `spec`, whose files, base and options count.
+
+    `report` is what the check found, as the API shows it.
+    """
+
+    collection: ClassVar[str] = "file_checks"
+    spec: JobSpec
+    created_at: float
+    status: Literal["running", "completed"] = "running"
+    finished_at: float | None = None
+    report: dict[str, Any] | None = None
+
+
 JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 

@@ -99,6 +99,8 @@ def check_settings_agree(spec: JobSpec) -> None:
     if passes and batch != "auto" and batch % passes:
         divisors = ", ".join(str(number) for number in range(1, batch + 1) if batch % number == 0)
         _refuse("accumulation_steps", f"{passes} does not divide `batch_size` {batch}. Use one of {divisors}.")
+    if options.loss_on != "answers" and spec.method == "dpo":
+        _refuse("loss_on", "does not go with the method `dpo`, which compares two answers. Leave it out.")
     if options.validation_share is not None and spec.validation_file is not None:
         _refuse("validation_share", "does not go with `validation_file`. Give one of them.")
     if spec.validation_file is None and options.validation_share is None:

@@ -12,6 +12,7 @@ from tuneloom.domain import (
     Checkpoint,
     Event,
     File,
+    FileCheck,
     Job,
     Model,
     Progress,
@@ -111,6 +112,7 @@ class Records:
         self.files = Table(documents, File)
         self.uploads = Table(documents, Upload)
         self.upload_parts = Table(documents, UploadPart)
+        self.file_checks = Table(documents, FileCheck)
         self.jobs = Table(documents, Job)
         self.progress = Table(documents, Progress)
         self.events = Table(documents, Event)
