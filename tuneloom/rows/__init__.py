@@ -14,10 +14,13 @@ and for DPO
     input, preferred_output, non_preferred_output     OpenAI's; also `preferred_completion`, `non_preferred_completion`
     prompt, chosen, rejected                          TRL's: three strings, or three lists of chat messages
 
+Other files become JSON Lines by `to_json_lines`: CSV with such columns, and JSON arrays.
+
 Each row becomes a `Conversation`, a `Pair`, a `Text` or a `Preference`. Problems carry their line; the first
 `MAX_PROBLEMS` are kept and the rest counted. Memory is bounded by the longest line allowed.
 """
 
+from tuneloom.rows.convert import to_json_lines
 from tuneloom.rows.formats import Conversation, Method, Pair, Preference, Row, Text
 from tuneloom.rows.scan import MAX_LINE_BYTES, MAX_PROBLEMS, Problem, Scan
 
@@ -32,4 +35,5 @@ __all__ = [
     "Row",
     "Scan",
     "Text",
+    "to_json_lines",
 ]

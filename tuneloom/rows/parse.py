@@ -1,4 +1,4 @@
-"""One line of JSON into an object: strictly, quickly, and with a message for people when it is not one."""
+"""JSON into values: strictly, quickly, and with a message for people when it is none."""
 
 import json
 from typing import Any
@@ -7,19 +7,33 @@ import jiter
 
 from tuneloom.rows.fields import Wrong, kind_of, quoted
 
+BOM = b"\xef\xbb\xbf"
+
+
+def check_encoding(start: bytes) -> None:
+    """Raises Wrong if a file that starts so is UTF-16, with a mark of it or by the zeros between its characters."""
+    zeros = [byte == 0 for byte in start[:4]]
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or zeros in ([True, False] * 2, [False, True] * 2):
+        raise Wrong("The file is UTF-16. Save it as UTF-8.")
+
 
 def parse(raw: bytes) -> dict[str, Any]:
     """Raises Wrong unless `raw` is one JSON object in UTF-8 without a key that appears twice."""
-    try:
-        data = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)
-    except ValueError:
-        # Slower, and it says what is wrong in words of ours. It also takes what jiter's limit of depth refuses.
-        data = _explain(raw)
+    data = parse_value(raw)
     if isinstance(data, dict):
         return data
     if isinstance(data, list):
         raise Wrong("The line is a JSON array. Write one JSON object per line, without an array around them.")
     raise Wrong(f"The line is {kind_of(data)}, not a JSON object.")
+
+
+def parse_value(raw: bytes) -> Any:
+    """Raises Wrong unless `raw` is JSON in UTF-8 without a key that appears twice in an object."""
+    try:
+        return jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)
+    except ValueError:
+        # Slower, and it says what is wrong in words of ours. It also takes what jiter's limit of depth refuses.
+        return _explain(raw)
 
 
 def _explain(raw: bytes) -> Any:

@@ -6,12 +6,10 @@ from typing import BinaryIO
 
 from tuneloom.rows.fields import Wrong
 from tuneloom.rows.formats import Method, Row, check_method, format_of
-from tuneloom.rows.parse import parse
+from tuneloom.rows.parse import BOM, check_encoding, parse
 
 MAX_PROBLEMS = 100
 MAX_LINE_BYTES = 8 << 20
-
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -52,23 +50,27 @@ class Scan:
                 self.num_rows += 1
                 self.add(number, f"The line is longer than {self.max_line_bytes:,} bytes. Split the row.")
                 continue
-            if number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                self.num_rows += 1
-                self.add(1, "The file is UTF-16. Save it as UTF-8.")
-                return
-            raw = raw.removeprefix(_BOM) if number == 1 else raw
+            if number == 1:
+                try:
+                    check_encoding(raw)
+                except Wrong as problem:
+                    self.num_rows += 1
+                    self.add(1, str(problem))
+                    return
+                raw = raw.removeprefix(BOM)
             if not raw.strip():
                 continue
             self.num_rows += 1
             try:
-                row = self._row(raw)
+                row = self.row(raw)
             except Wrong as problem:
                 self.add(number, str(problem))
             else:
                 yield number, row
         self._finish()
 
-    def _row(self, raw: bytes) -> Row:
+    def row(self, raw: bytes) -> Row:
+        """The row of one line, of the same format as those before. Raises Wrong; counts nothing."""
         data = parse(raw)
         format_ = format_of(data)
         if self.method is not None:

@@ -1,0 +1,139 @@
+"""CSV files and JSON arrays as JSON Lines, streaming, each row checked on the way."""
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tuneloom.errors import InvalidFile
+from tuneloom.rows.csv_rows import CsvRows
+from tuneloom.rows.fields import Wrong
+from tuneloom.rows.json_rows import JsonRows
+from tuneloom.rows.parse import BOM, check_encoding, parse
+from tuneloom.rows.scan import MAX_LINE_BYTES, Scan
+
+MAX_LISTED = 5
+
+CHUNK_BYTES = 1 << 20
+
+
+def to_json_lines(
+    chunks: Iterable[bytes], kind: Literal["csv", "json"], *, max_row_bytes: int = MAX_LINE_BYTES
+) -> Iterator[bytes]:
+    """A file as JSON Lines, in pieces of about a megabyte: its row N is line N. Memory is that of a few rows.
+
+    `json` is an array of objects; JSON Lines under that name come back as they are, unchecked but for the first.
+
+    Raises:
+        InvalidFile: `invalid_file`. The first wrong rows are named, by number, line and what is wrong, and the rest
+            counted. It may come after pieces.
+    """
+    file = io.BufferedReader(_Reader(iter(chunks)), CHUNK_BYTES)
+    try:
+        if kind == "csv":
+            yield from _joined(_lines(CsvRows(file, max_row_bytes), max_row_bytes))
+        elif _is_array(file):
+            yield from _joined(_lines(JsonRows(file, max_row_bytes), max_row_bytes))
+        else:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+    except Wrong as problem:
+        raise InvalidFile(str(problem), param="file", code="invalid_file") from None
+
+
+def _is_array(file: io.BufferedReader) -> bool:
+    """Whether it is an array, and then behind its mark; if not, it is JSON Lines. Raises Wrong if it is neither."""
+    start = file.peek(CHUNK_BYTES)
+    check_encoding(start)
+    text = start.removeprefix(BOM).lstrip()
+    if not text:
+        raise Wrong(f"The file has no rows{f' in its first {len(start):,} bytes' if start.strip() else ''}.")
+    if text.startswith(b"["):
+        file.read(len(BOM) if start.startswith(BOM) else 0)
+        return True
+    line, end, _ = text.partition(b"\n")
+    if end or len(start) < CHUNK_BYTES:
+        try:
+            parse(line)
+        except Wrong as problem:
+            raise Wrong(
+                f"The file is no JSON array, and its first line no row: {problem} "
+                "Write an array of objects, `[{...}, {...}]`, or one object per line."
+            ) from None
+    return False
+
+
+def _lines(rows: CsvRows | JsonRows, max_row_bytes: int) -> Iterator[bytes]:
+    scan, problems, number = Scan(method=None), _Problems(), 0
+    try:
+        for place, row in rows:
+            number += 1
+            try:
+                line = rows.encode(row)
+                if len(line) > max_row_bytes:
+                    raise Wrong(f"As JSON it is longer than {max_row_bytes:,} bytes. Split the row.")
+                scan.row(line)
+            except Wrong as problem:
+                problems.add(f"{place}: {problem}")
+            else:
+                if not problems.count:
+                    yield line + b"\n"
+    except Wrong as problem:
+        problems.add(str(problem))
+    if problems.count:
+        raise Wrong(problems.text)
+    if not number:
+        raise Wrong("The file has no rows.")
+
+
+@dataclass
+class _Problems:
+    listed: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, message: str) -> None:
+        self.count += 1
+        if len(self.listed) < MAX_LISTED:
+            self.listed.append(message)
+
+    @property
+    def text(self) -> str:
+        rest = self.count - len(self.listed)
+        return " ".join([*self.listed, *([f"And {rest:,} more."] if rest else [])])
+
+
+class _Reader(io.RawIOBase):
+    """Chunks as a file; each read is full but for the last."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        filled, view = 0, memoryview(buffer)
+        while filled < len(view):
+            if not self._rest:
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    break
+                self._rest = memoryview(chunk)
+                continue
+            piece = self._rest[: len(view) - filled]
+            view[filled : filled + len(piece)] = piece
+            self._rest = self._rest[len(piece) :]
+            filled += len(piece)
+        return filled
+
+
+def _joined(lines: Iterator[bytes]) -> Iterator[bytes]:
+    joined = bytearray()
+    for line in lines:
+        joined += line
+        if len(joined) >= CHUNK_BYTES:
+            yield bytes(joined)
+            joined.clear()
+    if joined:
+        yield bytes(joined)

@@ -1,0 +1,178 @@
+"""Rows of a CSV file (RFC 4180) whose header names the columns of a format. Strings, and cells that hold JSON."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from tuneloom.rows.fields import Wrong, quoted
+from tuneloom.rows.parse import BOM, check_encoding, parse_value
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Columns that make a format. Cells of `json` columns hold JSON; in optional ones they may be empty."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    json: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"`{','.join([*self.required, *(f'[{name}]' for name in self.optional)])}`"
+
+
+_TABLES = (
+    _Table(("messages",), ("tools",), json=("messages", "tools")),
+    _Table(("prompt", "completion")),
+    _Table(("instruction", "output"), ("input",)),
+    _Table(("input", "output")),
+    _Table(("text",)),
+    _Table(("conversations",), ("system", "tools"), json=("conversations", "tools")),
+    _Table(("prompt", "chosen", "rejected")),
+    *(
+        _Table(columns, json=columns)
+        for columns in (
+            ("input", "preferred_output", "non_preferred_output"),
+            ("input", "preferred_completion", "non_preferred_completion"),
+        )
+    ),
+)
+
+
+class CsvRows:
+    """Iterates over `(place, cells)`, one after another in the memory of one; `encode` makes a row's JSON of cells."""
+
+    def __init__(self, file: BinaryIO, max_row_bytes: int) -> None:
+        # The module's one limit for all readers; that of a row, in `_Lines`, is the one that counts.
+        csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
+        self._lines = _Lines(file, max_row_bytes)
+        self._reader = csv.reader(self._lines, strict=True)
+        self._columns: list[str] = []
+        self._json: list[bool] = []
+        self._optional: list[bool] = []
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        """Raises Wrong where the file cannot be read on; the message says where."""
+        self._read_header()
+        number, line = 0, self._reader.line_num + 1
+        while True:
+            place = f"Row {number + 1:,} (line {line:,})"
+            cells = self._next(place)
+            if cells is None:
+                return
+            if cells:
+                number += 1
+                yield place, cells
+            line = self._reader.line_num + 1
+
+    def encode(self, cells: list[str]) -> bytes:
+        """Raises Wrong if these cells are no row."""
+        if len(cells) != len(self._columns):
+            raise Wrong(f"There are {len(cells)} cells, and the header has {len(self._columns)} columns.")
+        if not any(self._json):
+            return _encode(dict(zip(self._columns, cells, strict=True))).encode()
+        members = []
+        for column, cell, is_json, is_optional in zip(self._columns, cells, self._json, self._optional, strict=True):
+            if is_optional and not cell.strip():
+                continue
+            text = _checked_json(column, cell) if is_json else _encode(cell)
+            members.append(f'"{column}": {text}')
+        return f"{{{', '.join(members)}}}".encode()
+
+    def _read_header(self) -> None:
+        header = self._next("Header")
+        if not header:
+            raise Wrong("The first line is empty. It holds the names of the columns.")
+        self._columns = [name.strip() for name in header]
+        table = _table_of(self._columns)
+        self._json = [name in table.json for name in self._columns]
+        self._optional = [name in table.optional for name in self._columns]
+
+    def _next(self, place: str) -> list[str] | None:
+        self._lines.start_row()
+        try:
+            return next(self._reader, None)
+        except csv.Error as error:
+            raise Wrong(f"{place}: {_explained(str(error))}") from None
+        except Wrong as problem:
+            raise Wrong(f"{place}: {problem}") from None
+
+
+class _Lines:
+    """Lines of text for a `csv.reader`. Those of one row may have `max_bytes` together."""
+
+    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
+        self._file = file
+        self._max_bytes = max_bytes
+        self._left = max_bytes
+        self._is_first = True
+
+    def start_row(self) -> None:
+        self._left = self._max_bytes
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        raw = self._file.readline(self._left + 1)
+        if self._is_first:
+            check_encoding(raw)
+            raw = raw.removeprefix(BOM)
+            self._is_first = False
+        if not raw:
+            raise StopIteration
+        self._left -= len(raw)
+        if self._left < 0:
+            raise Wrong(f"It is longer than {self._max_bytes:,} bytes. A quote may be missing at the end of a cell.")
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Wrong(f"Not UTF-8: the byte 0x{raw[error.start]:02x}. Save the file as `CSV UTF-8`.") from None
+
+
+def _table_of(columns: list[str]) -> _Table:
+    """Raises Wrong if the columns are those of no format."""
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise Wrong(f"The header names the column {quoted(twice)} twice.")
+    for table in _TABLES:
+        if {*table.required} <= {*columns} <= {*table.required, *table.optional}:
+            return table
+    if len(columns) == 1 and (separator := next((mark for mark in ";\t|" if mark in columns[0]), None)):
+        raise Wrong(f"The header's columns are separated by {quoted(separator)}. Separate cells by commas.")
+    if columns[0].startswith(("[", "{")):
+        raise Wrong("The file is JSON, not CSV. Give its name the end `.json`, or `.jsonl` for one object per line.")
+    known = [table for table in _TABLES if {*table.required} <= {*columns}]
+    if known:
+        table = max(known, key=lambda table: len(table.required))
+        unknown = [name for name in columns if name not in (*table.required, *table.optional)]
+        names = ", ".join(quoted(name) for name in unknown[:5])
+        raise Wrong(f"Unknown column beside {table.name}: {names}. Remove it.")
+    names = ", ".join(quoted(name) for name in columns[:8])
+    formats = ", ".join(table.name for table in _TABLES)
+    raise Wrong(f"The header's columns are those of no format: {names}. Formats are {formats}.")
+
+
+def _checked_json(column: str, cell: str) -> str:
+    try:
+        parse_value(cell.encode())
+    except Wrong as problem:
+        if cell.lstrip().startswith(("[{'", "{'")):
+            raise Wrong(f"`{column}` holds Python's notation. Write it as JSON, by `json.dumps`.") from None
+        raise Wrong(f"`{column}`: {problem}") from None
+    # Between its tokens JSON may have line ends, and within strings it has none.
+    return cell.replace("\r", " ").replace("\n", " ")
+
+
+def _explained(message: str) -> str:
+    if message.startswith("unexpected end of data"):
+        return "A quote is opened and never closed."
+    if "expected after" in message:
+        return "A quoted cell goes on after its closing quote. Write a quote within a cell twice."
+    if message.startswith("new-line character"):
+        return "A carriage return stands outside of quotes. Save the file with the line ends of Windows or Unix."
+    return f"{message}."
