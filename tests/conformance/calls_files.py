@@ -106,7 +106,7 @@ def files_delete_again(session: Session) -> None:
 
 def files_create_not_jsonl(session: Session) -> None:
     create = session.client.files.create
-    error = fails(openai.BadRequestError, lambda: create(file=("rows.csv", b"a,b"), purpose="fine-tune"), param="file")
+    error = fails(openai.BadRequestError, lambda: create(file=("rows.txt", b"a,b"), purpose="fine-tune"), param="file")
     holds("the message says `.jsonl`", ".jsonl" in error.message, error.message)
 
 

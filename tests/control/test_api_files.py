@@ -58,7 +58,8 @@ def test_a_name_that_is_only_a_path_is_refused(api, name):
 @pytest.mark.parametrize(
     "form, files, param, text",
     [
-        ({"purpose": "fine-tune"}, {"file": ("rows.csv", b"x")}, "file", ".jsonl"),
+        ({"purpose": "fine-tune"}, {"file": ("rows.txt", b"x")}, "file", "does not end in `.jsonl`, `.json`, `.csv`"),
+        ({"purpose": "batch"}, {"file": ("rows.json", b"[]")}, "file", "`.jsonl`"),
         ({"purpose": "fine-tune"}, {"file": ("rows.jsonl", b"")}, "file", "empty"),
         ({"purpose": "fine-tune"}, {"other": ("rows.jsonl", b"x")}, "other", "Unknown parameter"),
         ({"purpose": "steal"}, {"file": ("rows.jsonl", b"x")}, "purpose", "`fine-tune`"),
@@ -75,6 +76,61 @@ def test_a_name_that_is_only_a_path_is_refused(api, name):
 )
 def test_what_a_file_may_not_be_is_named(api, form, files, param, text):
     assert_error(api.post("/v1/files", data=form, files=files), 400, param, text)
+
+
+ROWS = b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("rows.csv", b"prompt,completion\r\na,b\r\nc,d\r\n"),
+        ("ROWS.JSON", b'[{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]'),
+        ("rows.json", ROWS),
+    ],
+)
+def test_training_rows_of_other_kinds_are_stored_as_json_lines_under_their_name(api, name, data):
+    created = api.post("/v1/files", files={"file": (name, data)}, data={"purpose": "fine-tune"}).json()
+    assert (created["filename"], created["bytes"]) == (name, len(ROWS))
+    assert api.get(f"/v1/files/{created['id']}/content").content == ROWS
+    assert api.store.records.files.get(created["id"]).value.sha256 == hashlib.sha256(ROWS).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "purpose", "data"),
+    [("rows.csv", "user_data", b"a;b\n"), ("rows.json", "evals", b"[1]"), ("rows.jsonl", "fine-tune", b"[{}]")],
+)
+def test_other_files_are_stored_as_they_come(api, name, purpose, data):
+    id = api.upload(data, name=name, purpose=purpose)
+    assert api.get(f"/v1/files/{id}/content").content == data
+
+
+def send_rows(api, name: str, data: bytes):
+    return api.post("/v1/files", files={"file": (name, data)}, data={"purpose": "fine-tune"})
+
+
+def test_wrong_rows_are_refused_at_the_upload_and_nothing_is_kept(api):
+    refused = send_rows(api, "rows.csv", b"prompt,completion\n" + b"a,b\n" * 2 + b"c,\n")
+    assert_error(refused, 400, "file", "Row 3 (line 4): `completion` is empty.")
+    assert refused.json()["error"]["code"] == "invalid_file"
+    assert_error(send_rows(api, "rows.json", b'[{"text": "a"}, 1]'), 400, "file", "Row 2 (line 1)")
+    # The first megabytes are written before the wrong row is met.
+    assert_error(send_rows(api, "rows.csv", b"text\n" + b"x" * 2_500_000 + b"\n,\n"), 400, "file", "Row 2 (line 3)")
+    assert api.store.records.files.query() == []
+    assert api.store.blobs.list("files") == []
+
+
+def test_rows_that_are_too_large_as_json_lines_are_refused(api):
+    data = b"instruction,output\n" + b"a,b\n" * 100_000
+    assert_error(send_rows(api, "rows.csv", data), 413, "file", "As JSON Lines the file is larger than 3,145,728 bytes")
+    assert api.store.blobs.list("files") == []
+
+
+def test_a_retried_upload_of_rows_is_one_file(api):
+    headers = {"x-stainless-retry-count": "1"}
+    data = b"text\na\n"
+    assert api.upload(data, name="rows.csv") == api.upload(data, name="rows.csv", headers=headers)
+    assert len(api.store.blobs.list("files")) == 1
 
 
 def test_a_body_that_is_no_form_is_refused(api):
@@ -154,6 +210,29 @@ def test_an_upload_is_joined_from_its_parts_in_the_order_asked_for(api):
     again = api.post(f"/v1/uploads/{upload}/complete", json=body, headers={"x-stainless-retry-count": "1"})
     assert again.json() == done
     assert_error(api.post(f"/v1/uploads/{upload}/complete", json=body), 409, None, "completed")
+
+
+def test_an_upload_in_parts_of_rows_becomes_json_lines_too(api):
+    data = 'prompt,completion\na,"b\nż"\n'.encode()
+    upload = start_upload(api, len(data), filename="rows.csv")
+    # Cut within a cell and within a character.
+    parts = [add_part(api, upload, piece) for piece in (data[:21], data[21:24], data[24:])]
+    body = {"part_ids": parts, "md5": hashlib.md5(data).hexdigest()}
+    done = api.post(f"/v1/uploads/{upload}/complete", json=body).json()
+    content = api.get(f"/v1/files/{done['file']['id']}/content").content
+    assert content.decode() == '{"prompt": "a", "completion": "b\\nż"}\n'
+    assert (done["bytes"], done["file"]["bytes"]) == (len(data), len(content))
+
+
+def test_an_upload_in_parts_of_wrong_rows_is_not_completed(api):
+    data = b"prompt,completion\na,\n"
+    upload = start_upload(api, len(data), filename="rows.csv")
+    part = add_part(api, upload, data)
+    refused = api.post(f"/v1/uploads/{upload}/complete", json={"part_ids": [part]})
+    assert_error(refused, 400, "file", "Row 1 (line 2): `completion` is empty.")
+    assert api.store.records.files.query() == []
+    assert api.store.blobs.list("files") == []
+    assert api.post(f"/v1/uploads/{upload}/cancel").json()["status"] == "cancelled"
 
 
 def test_a_retried_part_is_one_part_and_alike_parts_are_two(api):

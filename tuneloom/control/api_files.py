@@ -102,7 +102,7 @@ class FilesApi:
             expires_at=files.expiry(purpose, life_s, now),
         )
         asked = identify(request, owner, digest(filename, purpose, sha256, str(life_s)))
-        self._store.blobs.write(file.blob, part.chunks(), sha256=sha256)
+        file = files.put_bytes(self._store, file, part.chunks(), self._limits.max_file_bytes)
         with self._dropped_if_refused(file.blob):
             kept = repeat.create_once(
                 self._records,
@@ -256,7 +256,8 @@ class FilesApi:
             return self._show_upload(known)
         stored = files.get_pending(self._records, owner, id)
         parts = files.parts_in_order(self._records, stored.value, body.part_ids)
-        file = files.join_parts(self._store, stored.value, parts, body.md5, new_id("file-"))
+        limit = self._limits.max_upload_bytes
+        file = files.join_parts(self._store, stored.value, parts, body.md5, new_id("file-"), limit)
         done = stored.value.model_copy(update={"status": "completed", "file_id": file.id})
         try:
             self._records.commit(self._records.uploads.replace(stored, done), self._records.files.create(file))

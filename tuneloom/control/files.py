@@ -7,10 +7,12 @@ import hashlib
 import re
 import time
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 from tuneloom.control.jobs import UNFINISHED
 from tuneloom.domain import File, Job, Upload, UploadPart
-from tuneloom.errors import Conflict, InvalidRequest, NotFound
+from tuneloom.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from tuneloom.rows import to_json_lines
 from tuneloom.store import Store
 from tuneloom.store.base import Write
 from tuneloom.store.records import Records, Stored
@@ -20,6 +22,7 @@ UPLOAD_LIFE_S = 3600.0
 BATCH_LIFE_S = 30 * 86400
 EXPIRY_S = (3600, 30 * 86400)
 CHUNK_BYTES = 1 << 20
+_ENDINGS = {"fine-tune": (".jsonl", ".json", ".csv"), "batch": (".jsonl",)}
 MAX_FILENAME = 255
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -48,13 +51,46 @@ def check_purpose(purpose: str, filename: str) -> str:
     if purpose not in PURPOSES:
         choices = ", ".join(f"`{name}`" for name in PURPOSES)
         raise InvalidRequest(f"Invalid `purpose`: {purpose[:40]!r}. Use one of {choices}.", param="purpose")
-    if purpose in ("fine-tune", "batch") and not filename.lower().endswith(".jsonl"):
+    endings = _ENDINGS.get(purpose)
+    if endings is not None and not filename.lower().endswith(endings):
         raise InvalidRequest(
-            f"The file {filename[-80:]!r} is not a `.jsonl` file, which the purpose `{purpose}` asks for.",
+            f"The name {filename[-80:]!r} does not end in {', '.join(f'`{each}`' for each in endings)}, as the purpose "
+            f"`{purpose}` asks for.",
             param="file",
             code="invalid_file_format",
         )
     return purpose
+
+
+def rows_kind(file: File) -> Literal["csv", "json"] | None:
+    """What has to be made JSON Lines of; None for what is stored as it comes."""
+    if file.purpose != "fine-tune":
+        return None
+    name = file.filename.lower()
+    return "csv" if name.endswith(".csv") else "json" if name.endswith(".json") else None
+
+
+def put_bytes(store: Store, file: File, chunks: Iterable[bytes], max_bytes: int) -> File:
+    """Store the bytes of a new file, training rows as JSON Lines; returns its record with their size and hash.
+
+    Raises:
+        InvalidFile: it is a CSV or JSON file with rows that are wrong.
+        TooLarge: as JSON Lines it has more than `max_bytes`.
+    """
+    kind = rows_kind(file)
+    lines = chunks if kind is None else to_json_lines(chunks, kind)
+    size_bytes = 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size_bytes
+        for chunk in lines:
+            size_bytes += len(chunk)
+            if size_bytes > max_bytes:
+                raise TooLarge(f"As JSON Lines the file is larger than {max_bytes:,} bytes. Split it.", param="file")
+            yield chunk
+
+    sha256 = store.blobs.write(file.blob, counted())
+    return file.model_copy(update={"size_bytes": size_bytes, "sha256": sha256})
 
 
 def clean_filename(name: str) -> str:
@@ -151,8 +187,10 @@ def parts_in_order(records: Records, upload: Upload, ids: Iterable[str]) -> list
     return parts
 
 
-def join_parts(store: Store, upload: Upload, parts: list[UploadPart], md5: str | None, file_id: str) -> File:
-    """Store the parts as one blob and return the file's record, not stored yet."""
+def join_parts(
+    store: Store, upload: Upload, parts: list[UploadPart], md5: str | None, file_id: str, max_bytes: int
+) -> File:
+    """Store the parts as one blob, as `put_bytes` does, and return the file's record, not stored yet."""
     digest = hashlib.md5(usedforsecurity=False)
 
     def chunks() -> Iterator[bytes]:
@@ -163,22 +201,22 @@ def join_parts(store: Store, upload: Upload, parts: list[UploadPart], md5: str |
                     yield chunk
 
     now = time.time()
-    blob = f"files/{file_id}"
-    sha256 = store.blobs.write(blob, chunks())
-    if md5 is not None and digest.hexdigest() != md5.strip().lower():
-        store.blobs.delete(blob)
-        raise InvalidRequest("The bytes do not have the `md5` that was given. Upload them again.", param="md5")
-    return File(
+    file = File(
         id=file_id,
         owner=upload.owner,
         filename=upload.filename,
         purpose=upload.purpose,
         size_bytes=upload.size_bytes,
-        sha256=sha256,
-        blob=blob,
+        sha256="",
+        blob=f"files/{file_id}",
         created_at=now,
         expires_at=expiry(upload.purpose, upload.file_expires_after_s, now),
     )
+    file = put_bytes(store, file, chunks(), max_bytes)
+    if md5 is not None and digest.hexdigest() != md5.strip().lower():
+        store.blobs.delete(file.blob)
+        raise InvalidRequest("The bytes do not have the `md5` that was given. Upload them again.", param="md5")
+    return file
 
 
 def drop_parts(store: Store, upload_id: str) -> None:

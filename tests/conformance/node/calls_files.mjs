@@ -109,7 +109,7 @@ export async function files_delete_again(session) {
 }
 
 export async function files_create_not_jsonl(session) {
-  const file = await toFile(Buffer.from('a,b'), 'rows.csv');
+  const file = await toFile(Buffer.from('a,b'), 'rows.txt');
   const create = () => session.client.files.create({ file, purpose: 'fine-tune' });
   const error = await fails(OpenAI.BadRequestError, create, { param: 'file' });
   holds('the message says `.jsonl`', error.message.includes('.jsonl'), error.message);
