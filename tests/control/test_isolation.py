@@ -46,6 +46,7 @@ def hers(api) -> dict[str, str]:
         ("GET", "/v1/files/FILE", {}),
         ("GET", "/v1/files/FILE/content", {}),
         ("DELETE", "/v1/files/FILE", {}),
+        ("POST", "/v1/tuneloom/files/FILE/check", {"json": {"model": BASE}}),
         ("GET", "/v1/files?after=FILE", {}),
         ("POST", "/v1/uploads/UPLOAD/parts", PART),
         ("POST", "/v1/uploads/UPLOAD/complete", {"json": {"part_ids": ["x"]}}),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli import bases, jobs, keys, local, models
+from tuneloom.cli import bases, files, jobs, keys, local, models
 
 app = typer.Typer(
     name="tuneloom",
@@ -36,4 +36,5 @@ app.command()(local.env)
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(files.app, name="files")
 app.add_typer(bases.app, name="bases")
