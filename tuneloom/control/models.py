@@ -140,6 +140,7 @@ def register(records: Records, job: Job, manifest: Manifest, at: float) -> Addit
         at=at,
         job_id=job.id,
         metrics=manifest.metrics,
+        fidelity=manifest.fidelity,
     )
     row = Registration(id=job.id, owner=job.owner, version_id=addition.version.id)
     return Addition(addition.version, (*addition.writes, records.registrations.create(row)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tuneloom.domain import AdapterRef, Hyperparameters, adapter_sha256
+from tuneloom.domain import AdapterRef, Fidelity, Hyperparameters, Setting, adapter_sha256
 from tuneloom.store.base import BlobCorrupt, BlobNotFound, Blobs
 from tuneloom.store.peft_folder import (
     CONFIG_FILE,
@@ -50,6 +50,8 @@ class Manifest(BaseModel):
     trained_tokens: int
     steps: int
     metrics: dict[str, float]
+    settings: tuple[Setting, ...] = ()
+    fidelity: Fidelity | None = None
     created_at: float
 
 

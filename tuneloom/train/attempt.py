@@ -1,23 +1,27 @@
 """One attempt of a job, from its records to its last word, in this process. Needs no Ray: the worker calls it.
 
-claim the fence -> files to tokens -> plan -> base with LoRA -> newest whole state -> steps -> adapter, manifest
+claim the fence -> files to tokens -> plan -> base with LoRA -> newest whole state -> steps -> adapter -> manifest
+
+Before the first step and after the last stands a check that what is trained is what is served (`fidelity`).
 """
 
 import logging
 import shutil
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from tuneloom.bases import Base, get_base
 from tuneloom.config import Settings
-from tuneloom.domain import Job
+from tuneloom.domain import Fidelity, Job
+from tuneloom.errors import InvalidRequest
 from tuneloom.store import Store, open_store
 from tuneloom.train.best import BestAdapter
 from tuneloom.train.checkpoints import Checkpoints, SavedState
 from tuneloom.train.deaths import Deaths
 from tuneloom.train.failure import describe, is_out_of_memory
+from tuneloom.train.fidelity import check_rendering, check_scores, sentence
 from tuneloom.train.inputs import Inputs, read_inputs
 from tuneloom.train.libraries import Libraries, import_libraries, release_memory
 from tuneloom.train.meter import Meter
@@ -25,6 +29,7 @@ from tuneloom.train.micro import smaller, with_micro_size
 from tuneloom.train.plan import Plan, make_plan, settings_text
 from tuneloom.train.progress import FenceLost, Pulse, Voice
 from tuneloom.train.publish import Outcome, Publisher
+from tuneloom.train.sample import Scored, pick_scored
 from tuneloom.train.start import fetch_start
 from tuneloom.train.states import StoredStates, states_prefix
 
@@ -46,6 +51,18 @@ class Run:
     folder: Path
     checkpoints: Checkpoints
     deaths: Deaths
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A trained adapter in `folder`, and what the trainer thought of the rows `scored`, in its `precision`."""
+
+    folder: Path
+    publisher: Publisher
+    outcome: Outcome
+    precision: str
+    scored: tuple[Scored, ...]
+    scores: list[list[float]]
 
 
 def run_folder(settings: Settings, job_id: str) -> Path:
@@ -123,7 +140,7 @@ def _train(run: Run) -> Result:
     inputs = read_inputs(run.store, run.job, run.base, run.folder)
     if (wanted := _early_end(run.pulse)) is not None:
         return wanted
-    run.voice.say(stage="loading")
+    run.voice.say(check_rendering(run.store, run.job, run.base, inputs), stage="loading")
     train = run.settings.train
     libraries = import_libraries(train.threads)
     has_bf16 = libraries.models.has_fast_bf16(use_gpu=train.num_gpus > 0)
@@ -133,7 +150,8 @@ def _train(run: Run) -> Result:
     while True:
         run.voice.say(total_steps=plan.total_steps, resolved=plan.hyperparameters, settings=plan.settings)
         try:
-            return _learn(run, plan, inputs, libraries)
+            learned = _learn(run, plan, inputs, libraries)
+            break
         except Exception as error:
             size = smaller(plan) if is_out_of_memory(error) else None
             if size is None:
@@ -142,6 +160,7 @@ def _train(run: Run) -> Result:
         # Out of the handler, which holds the trainer by the frames of the error.
         release_memory()
         plan = _cut(run, plan, size, "the memory was not enough")
+    return _hand_over(run, learned) if isinstance(learned, Learned) else learned
 
 
 def _fit(run: Run, plan: Plan) -> Plan:
@@ -166,8 +185,8 @@ def _cut(run: Run, plan: Plan, size: int, reason: str) -> Plan:
     return with_micro_size(plan, size, reason)
 
 
-def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Result:
-    """From the base to the adapter that is handed over."""
+def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learned | Result:
+    """From the base to the adapter in a folder. What took memory is left to be released."""
     lora, models, train = libraries.lora, libraries.models, run.settings.train
     model = models.add_lora(models.load_base(run.base, plan, use_gpu=train.num_gpus > 0), plan)
     publisher = Publisher(run.store, run.voice, run.job, run.base, checkpoints_kept=train.checkpoints_kept)
@@ -205,12 +224,40 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Result
             return wanted
     done = steps.last_step(state)
     metrics = steps.take_best()
-    outcome = Outcome(plan.hyperparameters, plan.rank, done, trainer.batches.tokens_until(done), metrics)
+    tokens = trainer.batches.tokens_until(done)
+    outcome = Outcome(plan.hyperparameters, plan.rank, done, tokens, metrics, plan.settings)
     final = run.folder / "adapter"
     shutil.rmtree(final, ignore_errors=True)
     models.save_adapter(model, final, run.base.id)
-    publisher.version(final, outcome)
+    scored = pick_scored(inputs.training)
+    scores = libraries.scores.trainer_scores(trainer, scored)
+    precision = plan.precision if plan.quantization == "none" else plan.quantization
+    return Learned(final, publisher, outcome, precision, scored, scores)
+
+
+def _hand_over(run: Run, learned: Learned) -> Result:
+    """The adapter becomes what others can see, once an engine has computed with it what the trainer did."""
+    run.voice.say(stage="checking")
+    fidelity = _compare(run, learned)
+    if (wanted := _early_end(run.pulse)) is not None:
+        return wanted
+    learned.publisher.version(learned.folder, replace(learned.outcome, fidelity=fidelity))
     return "published"
+
+
+def _compare(run: Run, learned: Learned) -> Fidelity | None:
+    """How closely an engine agrees with the trainer; None where the machine has no room for one."""
+    try:
+        fidelity = check_scores(
+            run.settings, run.base, learned.folder, learned.scored, learned.scores, learned.precision
+        )
+    except InvalidRequest as error:
+        if error.code != "out_of_memory":
+            raise
+        run.voice.say(f"What was trained is not compared with an engine: {error.message}", level="warn")
+        return None
+    run.voice.say(sentence(fidelity))
+    return fidelity
 
 
 def _early_end(pulse: Pulse) -> Result | None:

@@ -14,6 +14,7 @@ class Libraries:
 
     lora: ModuleType
     models: ModuleType
+    scores: ModuleType
     steps: ModuleType
 
 
@@ -28,11 +29,11 @@ def import_libraries(threads: int) -> Libraries:
         import torch
         import transformers
 
-        from tuneloom.train import lora, models, steps
+        from tuneloom.train import lora, models, scores, steps
     transformers.utils.logging.disable_progress_bar()
     lora.use_one_process()
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    return Libraries(lora, models, steps)
+    return Libraries(lora, models, scores, steps)
 
 
 def release_memory() -> None:

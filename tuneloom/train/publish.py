@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneloom.bases import Base, linear_shapes
-from tuneloom.domain import AdapterRef, Checkpoint, Hyperparameters, Job, checkpoint_name, ft_name, short_id
+from tuneloom.domain import (
+    AdapterRef,
+    Checkpoint,
+    Fidelity,
+    Hyperparameters,
+    Job,
+    Setting,
+    checkpoint_name,
+    ft_name,
+    short_id,
+)
 from tuneloom.store import Store
 from tuneloom.store.artifacts import Manifest, check_adapter, put_adapter, read_manifest, write_manifest
 from tuneloom.store.base import Blobs, StoreConflict
@@ -23,6 +33,8 @@ class Outcome:
     steps: int
     trained_tokens: int
     metrics: dict[str, float]
+    settings: tuple[Setting, ...] = ()
+    fidelity: Fidelity | None = None
 
 
 class Publisher:
@@ -88,6 +100,8 @@ class Publisher:
                 trained_tokens=outcome.trained_tokens,
                 steps=outcome.steps,
                 metrics=outcome.metrics,
+                settings=outcome.settings,
+                fidelity=outcome.fidelity,
                 created_at=self._clock(),
             )
             write_manifest(self._store.blobs, self._job.artifacts, manifest)

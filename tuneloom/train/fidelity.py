@@ -1,0 +1,240 @@
+"""Whether what is trained is what will be served: rendering before the first step, log-probabilities after the last.
+
+The only part of training that computes with the engine. A difference ends the job; nothing here can be switched off.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from tuneloom.bases import Base
+from tuneloom.config import EngineSettings, Settings
+from tuneloom.domain import AdapterRef, Fidelity, Job
+from tuneloom.engine.text import Codec
+from tuneloom.errors import InvalidRequest, TuneloomError
+from tuneloom.rows import Scan
+from tuneloom.store import Store
+from tuneloom.store.peft_folder import WEIGHTS_FILE, read_header
+from tuneloom.train.data import PreferenceTokens, Tokens, length_limit
+from tuneloom.train.inputs import Inputs
+from tuneloom.train.libraries import release_memory
+from tuneloom.train.render import Example, Renderer
+from tuneloom.train.rendering import Difference, Tally, compare
+from tuneloom.train.sample import MADE_UP, Scored, kinds_of, parts_of, pick_rows
+
+# The largest difference of a log-probability by the coarser of the two precisions, and the largest mean of all.
+# Measured over tiny random bases and SmolLM2-135M-Instruct; see docs/training.md.
+TOLERANCE = {"fp32": 0.01, "bf16": 1.0, "int8": 2.0, "nf4": 4.0}
+MEAN_SHARE = 0.1
+PRECISIONS = tuple(TOLERANCE)
+
+
+class RenderingDiffers(TuneloomError):
+    """A conversation is served with other tokens than it is trained with."""
+
+    code = "fidelity_rendering"
+
+
+class ScoresDiffer(TuneloomError):
+    """The engine computes other log-probabilities than the trainer."""
+
+    code = "fidelity_logprobs"
+
+
+def check_rendering(store: Store, job: Job, base: Base, inputs: Inputs) -> str:
+    """Compare a sample of the training file's rows, and conversations made up here, with what serving makes of them.
+
+    The rows are those of `inputs`, as they are about to be learned. Returns what was compared.
+
+    Raises:
+        RenderingDiffers: the first row that differs, with the place and both tokens.
+    """
+    serving = Codec.load(base.path)
+    learn_all = job.spec.options.loss_on == "all"
+    renderer = Renderer.load(base.path, learn_all=learn_all)
+    limit = length_limit(job.spec, base)
+    tally = Tally()
+    file = store.records.files.get(job.spec.training_file).value
+    with store.blobs.open(file.blob) as source:
+        picked = pick_rows(Scan(method=None).rows(source))
+    for each in picked:
+        for side, part in enumerate(parts_of(each.row)):
+            tokens = [_side(every, side) for every in (inputs.training, inputs.validation) if every is not None]
+            trained = _find(tokens, renderer.render(part), limit) or _numbered(tokens[0], each.number)
+            with _named(f"line {each.line} of `{file.filename}`", serving):
+                compare(part, trained, serving, tally, limit=limit, learn_all=learn_all)
+            tally.kinds.update(kinds_of(part))
+        tally.rows += 1
+    for kind, conversation in MADE_UP.items():
+        try:
+            example = renderer.render(conversation)
+        except InvalidRequest:
+            # The template takes no such conversation, neither here nor there.
+            continue
+        with _named(f"a made-up conversation with {kind}", serving):
+            compare(conversation, example, serving, tally, limit=len(example.ids) + 1, learn_all=learn_all)
+        tally.made_up += 1
+    return tally.sentence()
+
+
+def check_scores(
+    settings: Settings,
+    base: Base,
+    adapter: Path,
+    rows: Sequence[Scored],
+    trained: Sequence[Sequence[float]],
+    precision: str,
+) -> Fidelity:
+    """Compare log-probabilities of the trainer, `trained`, with those of an engine as it will serve the base.
+
+    The engine takes the adapter's folder as it is stored, and loads the base anew: what held the trainer's must be
+    gone, so that no device needs room for two. `precision` is the trainer's.
+
+    Raises:
+        ScoresDiffer: the first token whose log-probabilities differ too much.
+        InvalidRequest: the engine cannot serve the base here, or the adapter on it.
+    """
+    served, served_precision = _serve(_engine_options(settings, base), base, adapter, rows)
+    coarser = max(precision, served_precision, key=PRECISIONS.index)
+    differences = [np.abs(np.subtract(ours, theirs)) for ours, theirs in zip(trained, served, strict=True)]
+    every = np.concatenate(differences)
+    fidelity = Fidelity(
+        rows=len(rows),
+        tokens=len(every),
+        mean_difference=float(every.mean()),
+        max_difference=float(every.max()),
+        tolerance=TOLERANCE[coarser],
+        precision=coarser,
+    )
+    # Written so that a number that is none fails.
+    if not (every.max() <= fidelity.tolerance and every.mean() <= fidelity.tolerance * MEAN_SHARE):
+        raise ScoresDiffer(_first_difference(base, rows, trained, served, fidelity))
+    return fidelity
+
+
+def sentence(fidelity: Fidelity) -> str:
+    return (
+        f"The engine agrees with the trainer: {fidelity.tokens} learned tokens of {fidelity.rows} rows, "
+        f"log-probabilities apart by {fidelity.mean_difference:.2g} on average and {fidelity.max_difference:.2g} at "
+        f"most, within {fidelity.tolerance:g} ({fidelity.precision})"
+    )
+
+
+def _side(tokens: Tokens | PreferenceTokens, side: int) -> Tokens:
+    """Of pairs the preferred answers (0), or the others (1)."""
+    return (tokens.chosen, tokens.rejected)[side] if isinstance(tokens, PreferenceTokens) else tokens
+
+
+def _find(tokens: Sequence[Tokens], example: Example, limit: int) -> Example | None:
+    """The trained row that is `example`, or its beginning of `limit` tokens."""
+    ids = np.array(example.ids[:limit], dtype=np.int32)
+    for each in tokens:
+        for number in np.flatnonzero(each.lengths == len(ids)).tolist():
+            start = each.offsets[number]
+            if np.array_equal(each.ids[start : start + len(ids)], ids):
+                return _row(each, number)
+    return None
+
+
+def _numbered(tokens: Tokens, number: int) -> Example:
+    """What is learned at a row's place in the file, where nothing that is learned equals the row."""
+    return _row(tokens, min(number, tokens.num_rows - 1))
+
+
+def _row(tokens: Tokens, number: int) -> Example:
+    row = slice(tokens.offsets[number], tokens.offsets[number + 1])
+    return Example(tokens.ids[row].tolist(), tokens.learned[row].tolist())
+
+
+@contextmanager
+def _named(what: str, serving: Codec) -> Iterator[None]:
+    """Turn a Difference into the error that ends the job."""
+    try:
+        yield
+    except Difference as found:
+        tokens = [
+            "nothing" if id is None else f"{serving.token_text(id)[0]!r} ({id})" for id in (found.trained, found.served)
+        ]
+        raise RenderingDiffers(
+            f"{what[0].upper()}{what[1:]} is not served as it is trained: at token {found.at} training has "
+            f"{tokens[0]}, serving {tokens[1]} ({found.what}). Nothing was trained. If the files of the base have "
+            "changed since the job was made, create it again; otherwise the base's chat template cannot be trained on."
+        ) from found
+
+
+def _engine_options(settings: Settings, base: Base) -> EngineSettings:
+    """How the base is served, with room for one row and one adapter only."""
+    return next((served.engine for served in settings.bases if served.id == base.id), EngineSettings())
+
+
+def _serve(options: EngineSettings, base: Base, adapter: Path, rows: Sequence[Scored]) -> tuple[list[list[float]], str]:
+    """The engine's log-probabilities, and the precision that it computes in."""
+    from tuneloom.engine.core import EngineCore
+    from tuneloom.engine.options import EngineConfig
+
+    ref = _reference(adapter)
+    # What computes stays as it is served; what only makes room for many is made small.
+    small = {
+        "max_sequences": 1,
+        "kv_cache_tokens": max(64, max(len(row.ids) for row in rows) + 16),
+        "prefix_cache_bytes": 0,
+        "adapter_slots": 1,
+        "max_rank": max(options.max_rank, ref.rank),
+        "host_cache_bytes": 2 * ref.size_bytes,
+    }
+    release_memory()
+    core = EngineCore(
+        base.path, EngineConfig(**{**options.model_dump(exclude={"disk_cache_bytes"}), **small}), lambda _: adapter
+    )
+    try:
+        scores = [core.score(row.ids, row.places, ref) for row in rows]
+        dtype = {"bfloat16": "bf16", "float32": "fp32"}[core.stats().extra["dtype"]]
+    finally:
+        core.close()
+        del core
+        release_memory()
+    return scores, dtype if options.quantization == "none" else options.quantization
+
+
+def _reference(adapter: Path) -> AdapterRef:
+    weights = adapter / WEIGHTS_FILE
+    shapes = [tensor.shape for name, tensor in read_header(weights).items() if name.endswith("lora_A.weight")]
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return AdapterRef(
+        sha256=sha256, uri=str(adapter), rank=max(shape[0] for shape in shapes), size_bytes=weights.stat().st_size
+    )
+
+
+def _first_difference(
+    base: Base,
+    rows: Sequence[Scored],
+    trained: Sequence[Sequence[float]],
+    served: Sequence[Sequence[float]],
+    fidelity: Fidelity,
+) -> str:
+    """What differs, told by the first token beyond the tolerance, or by the mean where none is."""
+    codec = Codec.load(base.path)
+    told = (
+        f"over {fidelity.tokens} learned tokens the mean difference is {fidelity.mean_difference:.3g}, and it may be "
+        f"{fidelity.tolerance * MEAN_SHARE:.3g}"
+    )
+    for row, ours, theirs in zip(rows, trained, served, strict=True):
+        for place, our, their in zip(row.places, ours, theirs, strict=True):
+            if not abs(our - their) <= fidelity.tolerance:
+                told = (
+                    f"row {row.number + 1} as it is trained, token {place}, {codec.token_text(row.ids[place])[0]!r} "
+                    f"({row.ids[place]}): the log-probability is {our:.4f} in the trainer and {their:.4f} in the "
+                    f"engine, further apart than {fidelity.tolerance:g} ({fidelity.precision})"
+                )
+                return _SERVED_OTHERWISE.format(told)
+    return _SERVED_OTHERWISE.format(told)
+
+
+_SERVED_OTHERWISE = (
+    "The adapter would not be served as it was trained, so no version was made of it: {}. Train it again; if it fails "
+    "again, choose other settings for the base's engine (`dtype`, `quantization`, `native`) or for the run "
+    "(`tuneloom.precision`, `tuneloom.quantization`)."
+)
