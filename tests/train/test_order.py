@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +16,30 @@ def test_each_epoch_holds_every_row_once_in_whole_batches(lengths: list[int], si
         assert all(len(batch) == size for batch in cut[:-1])
         assert sorted(np.concatenate(cut).tolist()) == list(range(len(lengths)))
         batches.set_epoch(epoch)
-        micro = list(batches)
-        assert len(micro) == len(batches)
-        assert [row for rows in micro for row in rows] == np.concatenate(cut).tolist()
+        assert len(list(batches)) == len(batches)
+        assert [row for rows in batches for row in rows] == np.concatenate(cut).tolist()
+
+
+@given(
+    st.lists(st.integers(2, 60), min_size=1, max_size=90),
+    st.sampled_from([1, 2, 4, 8]),
+    st.integers(1, 8),
+    st.booleans(),
+)
+def test_a_batch_is_cut_into_parts_that_take_no_more_room_than_the_longest_rows(
+    lengths: list[int], size: int, micro: int, padded: bool
+) -> None:
+    batches = Batches(lengths, size, micro, 0)
+    for batch in batches:
+        parts = batches.cut(batch, padded=padded)
+        assert [row for part in parts for row in part] == batch
+        for part in parts:
+            sizes = [lengths[row] for row in part]
+            assert (max(sizes) * len(sizes) if padded else sum(sizes)) <= micro * max(lengths)
+        # Not one more part than needed: none has room for the next row.
+        for part, after in itertools.pairwise(parts):
+            sizes = [lengths[row] for row in (*part, after[0])]
+            assert (max(sizes) * len(sizes) if padded else sum(sizes)) > micro * max(lengths)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:

@@ -1,10 +1,15 @@
-"""TRL's trainer around a base with LoRA, set for CPU and CUDA. Token ids in; no rows, no store, no Ray."""
+"""TRL's trainer around a base with LoRA, set for CPU and CUDA. Token ids in; no store, no Ray.
+
+A step is one batch of the loader: its rows are cut into micro-batches by their tokens, packed end to end where the base
+takes them so, and every loss is divided by the learned tokens of the whole step. So nothing depends on the cuts but
+memory and speed.
+"""
 
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
@@ -19,11 +25,12 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from tuneloom.train.answers import score_answers_only
 from tuneloom.train.data import Tokens
+from tuneloom.train.layers import speed_up
 from tuneloom.train.models import save_adapter
-from tuneloom.train.order import Batches
-from tuneloom.train.plan import Plan
+from tuneloom.train.order import Batches, cut_by_tokens
+from tuneloom.train.packing import IGNORED, pack, pad, try_packing
+from tuneloom.train.plan import Plan, tell
 
-IGNORED = -100
 TRAINER_STATE = "trainer_state.json"
 # The folder of the adapter inside a saved state. transformers resumes an adapter from a folder of the adapter's name.
 STATE_ADAPTER = "default"
@@ -31,29 +38,27 @@ STATE_ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss per learned token, and the share of tokens that were the likeliest."""
+    """Mean loss per learned token, the share of tokens that were the likeliest, and other metrics by their names."""
 
     loss: float
     accuracy: float
+    more: dict[str, float] = field(default_factory=dict)
 
 
-def as_dataset(tokens: Tokens) -> Dataset:
-    """The columns `input_ids` and `labels`, over the arrays of `tokens`."""
-    import pyarrow as pa
-
-    labels = np.where(tokens.learned, tokens.ids, IGNORED).astype(np.int32)
-    offsets = pa.array(tokens.offsets.astype(np.int64))
-    columns = {
-        name: pa.LargeListArray.from_arrays(offsets, pa.array(values))
-        for name, values in (("input_ids", tokens.ids), ("labels", labels))
-    }
-    return Dataset(pa.table(columns))
+def model_inputs(tokens: Tokens, rows: Sequence[int], *, pad_id: int | None) -> dict[str, Any]:
+    """What the model takes for these rows: packed, or filled up with `pad_id` if there is one."""
+    found = []
+    for row in rows:
+        part = slice(tokens.offsets[row], tokens.offsets[row + 1])
+        found.append((tokens.ids[part], np.where(tokens.learned[part], tokens.ids[part], IGNORED)))
+    return pack(found) if pad_id is None else pad(found, pad_id)
 
 
 class LoraTrainer(SFTTrainer):
-    """TRL's trainer with our order of rows, our checkpoints, and the head on answers only.
+    """TRL's trainer with our order of rows, our checkpoints, faster layers, and the head on answers only.
 
-    `on_save` is called with the trainer where TRL would save; it takes the state by `save_state`.
+    `on_save` is called with the trainer where TRL would save; it takes the state by `save_state`. `plan` tells what the
+    base has turned out to bear.
     """
 
     def __init__(
@@ -71,18 +76,23 @@ class LoraTrainer(SFTTrainer):
         on_save: Callable[["LoraTrainer"], None],
     ) -> None:
         self.batches = batches
+        self._tokens = tokens
         self._base_id = base_id
         self._on_save = on_save
+        has_own_precision = speed_up(model) and plan.precision == "bf16"
         with _without_deprecations():
             super().__init__(
                 model=model,
-                args=sft_config(plan, folder, use_gpu=use_gpu),
-                train_dataset=as_dataset(tokens),
+                args=sft_config(plan, folder, use_gpu=use_gpu, autocast=not has_own_precision),
+                train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),
                 processing_class=tokenizer,
                 callbacks=list(callbacks),
             )
         self.remove_callback(PrinterCallback)
-        score_answers_only(model.get_base_model())
+        self._has_own_head = score_answers_only(model.get_base_model())
+        reason = try_packing(model.get_base_model()) if plan.packing else None
+        self.plan = plan if reason is None else replace(tell(plan, "packing", False, reason), packing=False)
+        self._pad_id = None if self.plan.packing else tokenizer.pad_token_id or 0
 
     def learn(self, resume_from: Path | None) -> None:
         """Train from the start, or from where `save_state` wrote `resume_from`."""
@@ -90,7 +100,46 @@ class LoraTrainer(SFTTrainer):
             self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     def get_train_dataloader(self) -> DataLoader:
-        return _EpochLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
+        return _EpochLoader(range(self._tokens.num_rows), batch_sampler=self.batches, collate_fn=self.collate)  # type: ignore[arg-type]
+
+    def collate(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The micro-batches of one step."""
+        parts = self.batches.cut(rows, padded=self._pad_id is not None)
+        return [model_inputs(self._tokens, part, pad_id=self._pad_id) for part in parts]
+
+    def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a whole step; its loss, that of a mean learned token."""
+        model.train()
+        learned = sum(int((part["labels"][:, 1:] != IGNORED).sum()) for part in inputs)
+        total = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(inputs):
+            if number:
+                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+                if self.control.should_training_stop:
+                    break
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=learned)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss where the head is TRL's; else the same without its other sums over the vocabulary."""
+        if not self._has_own_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        output = model(**inputs, use_cache=False, fused_lm_head=True)
+        right = output.is_top1.sum().item() / max(1, int(output.label_mask.sum()))
+        self._metrics["train"]["mean_token_accuracy"].append(right)
+        return -output.log_probs.sum() / max(1, num_items_in_batch)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The next step; what it learns is counted there."""
+        return [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)], None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
 
     def save_state(self, folder: Path) -> None:
         """Everything that `train(resume_from_checkpoint=folder)` needs to go on as if nothing had happened."""
@@ -102,15 +151,15 @@ class LoraTrainer(SFTTrainer):
     @torch.no_grad()
     def score(self, tokens: Tokens, micro_size: int) -> Score:
         """How well the model predicts the learned tokens of other rows; changes nothing of the training."""
-        data, collate = as_dataset(tokens), self.data_collator
-        order = np.argsort(tokens.lengths, kind="stable")
+        lengths = tokens.lengths
+        order = np.argsort(-lengths, kind="stable").tolist()
+        room = micro_size * int(lengths.max())
         loss, right, count = 0.0, 0, 0
         was_training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(order), micro_size):
-                rows = [data[int(row)] for row in order[start : start + micro_size]]
-                inputs = self._prepare_inputs(collate(rows))
+            for rows in cut_by_tokens(order, lengths, room, padded=self._pad_id is not None):
+                inputs = self._prepare_inputs(model_inputs(tokens, rows, pad_id=self._pad_id))
                 with self.compute_loss_context_manager():
                     output = self.model_wrapped(**inputs, fused_lm_head=True, use_cache=False)
                 loss -= output.log_probs.double().sum().item()
@@ -131,12 +180,13 @@ class _EpochLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def sft_config(plan: Plan, folder: Path, *, use_gpu: bool) -> SFTConfig:
+def sft_config(plan: Plan, folder: Path, *, use_gpu: bool, autocast: bool) -> SFTConfig:
     """TRL's settings for the plan; its defaults are for large GPUs and a terminal."""
     return SFTConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=plan.micro_size,
-        gradient_accumulation_steps=plan.accumulation_steps,
+        # A step is one item of the loader, whatever is computed at once.
+        per_device_train_batch_size=plan.batch_size,
+        gradient_accumulation_steps=1,
         num_train_epochs=plan.n_epochs,
         learning_rate=plan.learning_rate,
         # The scheduler that is called `constant` there has no warm-up.
@@ -146,7 +196,7 @@ def sft_config(plan: Plan, folder: Path, *, use_gpu: bool) -> SFTConfig:
         max_grad_norm=plan.max_grad_norm,
         optim="adamw_torch_fused",
         seed=plan.seed,
-        bf16=plan.precision == "bf16",
+        bf16=autocast and plan.precision == "bf16",
         use_cpu=not use_gpu,
         gradient_checkpointing=plan.gradient_checkpointing,
         max_length=None,
