@@ -7,6 +7,7 @@ environment says only where home is (`TUNELOOM_HOME`) and is read by entry point
 import contextlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -200,6 +201,11 @@ class Settings(Section):
     gateway: GatewaySettings = GatewaySettings()
     train: TrainSettings = TrainSettings()
     control: ControlSettings = ControlSettings()
+    signing_key: Path | None = Field(
+        None,
+        description="file with the Ed25519 key (PEM) that signs what is said of adapters, the same on every machine of "
+        "a cluster; None: one in `home`, made at first use",
+    )
 
     @property
     def documents(self) -> str:
@@ -241,13 +247,38 @@ def load(home: Path | str | None = None) -> Settings:
 
 def read_pepper(settings: Settings) -> bytes:
     """The installation's key for hashing secrets, 32 bytes; made on first use, readable by its user only."""
-    path = settings.home / "pepper"
+    return _read_secret(settings.home / "pepper", lambda: secrets.token_bytes(32))
+
+
+def read_signing_key(settings: Settings) -> bytes:
+    """The installation's Ed25519 key for signing lineages, as PEM. See `Settings.signing_key`.
+
+    Raises:
+        InvalidRequest: the file that the settings name cannot be read.
+    """
+    if settings.signing_key is None:
+        return _read_secret(settings.home / "signing-key.pem", _make_signing_key)
+    try:
+        return settings.signing_key.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"`signing_key`: {settings.signing_key} cannot be read: {error.strerror}.") from error
+
+
+def _make_signing_key() -> bytes:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _read_secret(path: Path, make: Callable[[], bytes]) -> bytes:
+    """What is in a file that only its user may read; made on first use, by one of several processes."""
     if not path.exists():
-        settings.home.mkdir(parents=True, exist_ok=True)
-        draft = settings.home / f".pepper-{secrets.token_hex(8)}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(32))
+            file.write(make())
             file.flush()
             os.fsync(file.fileno())
         # A link fails if another process was first, and never shows half a file.

@@ -21,6 +21,8 @@ from tuneloom.domain import (
 from tuneloom.store import Store
 from tuneloom.store.artifacts import Manifest, check_adapter, put_adapter, read_manifest, write_manifest
 from tuneloom.store.base import Blobs, StoreConflict
+from tuneloom.store.lineage import write_lineage
+from tuneloom.train.lineage import Witness
 from tuneloom.train.progress import Voice
 
 
@@ -46,6 +48,7 @@ class Publisher:
         voice: Voice,
         job: Job,
         base: Base,
+        witness: Witness,
         *,
         checkpoints_kept: int,
         clock: Callable[[], float] = time.time,
@@ -54,6 +57,7 @@ class Publisher:
         self._voice = voice
         self._job = job
         self._base = base
+        self._witness = witness
         self._kept = checkpoints_kept
         self._clock = clock
 
@@ -67,6 +71,8 @@ class Publisher:
             return
         check_adapter(folder, self._base.id, linear_shapes(self._base), rank)
         adapter = _put_fresh(self._store.blobs, f"jobs/{self._job.id}/checkpoints/step-{step}", folder)
+        lineage = self._witness.testify(folder, adapter, steps=step, metrics=metrics)
+        write_lineage(self._store.blobs, adapter, lineage)
         spec = self._job.spec
         name = checkpoint_name(ft_name(spec.base, self._job.owner, spec.suffix, short_id(self._job.id)), step)
         record = Checkpoint(
@@ -85,10 +91,14 @@ class Publisher:
         self._drop_old()
 
     def version(self, folder: Path, outcome: Outcome) -> None:
-        """Hand over the final adapter: files, then the manifest that vouches for them, then the last word."""
+        """Hand over the final adapter: files, their lineage, then the manifest that vouches for them, then the last word."""
         if read_manifest(self._store.blobs, self._job.artifacts) is None:
             check_adapter(folder, self._base.id, linear_shapes(self._base), outcome.rank)
             adapter = _put_fresh(self._store.blobs, f"{self._job.artifacts}/adapter", folder)
+            lineage = self._witness.testify(
+                folder, adapter, steps=outcome.steps, metrics=outcome.metrics, fidelity=outcome.fidelity
+            )
+            write_lineage(self._store.blobs, adapter, lineage)
             # Whoever has lost the fence must not leave a manifest.
             self._voice.say(stage="publishing")
             manifest = Manifest(
