@@ -91,7 +91,7 @@ class Publisher:
         self._drop_old()
 
     def version(self, folder: Path, outcome: Outcome) -> None:
-        """Hand over the final adapter: files and lineage, then the manifest that vouches for them, then the last word."""
+        """Hand over the final adapter: files and lineage, the manifest that vouches for them, then the last word."""
         if read_manifest(self._store.blobs, self._job.artifacts) is None:
             check_adapter(folder, self._base.id, linear_shapes(self._base), outcome.rank)
             adapter = _put_fresh(self._store.blobs, f"{self._job.artifacts}/adapter", folder)
