@@ -18,6 +18,7 @@ from tuneloom.errors import InvalidRequest
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONFIG_FILE = "config.yaml"
+SIGNING_KEY_FILE = "signing-key.pem"
 
 
 class Section(BaseModel):
@@ -257,7 +258,7 @@ def read_signing_key(settings: Settings) -> bytes:
         InvalidRequest: the file that the settings name cannot be read.
     """
     if settings.signing_key is None:
-        return _read_secret(settings.home / "signing-key.pem", _make_signing_key)
+        return _read_secret(settings.home / SIGNING_KEY_FILE, _make_signing_key)
     try:
         return settings.signing_key.read_bytes()
     except OSError as error:

@@ -27,6 +27,7 @@ from tuneloom.store.lineage import (
 )
 
 LINEAGE = Lineage(
+    kind="version",
     job_id="ftjob-1",
     created_at=1764000000.25,
     method="supervised",

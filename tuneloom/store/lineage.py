@@ -87,10 +87,11 @@ class AdapterFacts(Part):
 
 class Lineage(Part):
     """All that made one adapter. `spec` is what was asked, `settings` what it was resolved to; `parent_sha256` is the
-    adapter that training went on from. `fidelity` None: a checkpoint, or there was no room to compare.
+    adapter that training went on from. `fidelity` is None of checkpoints, and where there was no room to compare.
     """
 
     schema_version: Literal["tuneloom.lineage/1"] = SCHEMA
+    kind: Literal["version", "checkpoint"]
     job_id: str
     created_at: float
     method: str

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -87,6 +87,7 @@ class Witness:
         self,
         folder: Path,
         adapter: AdapterRef,
+        kind: Literal["version", "checkpoint"],
         *,
         steps: int,
         metrics: dict[str, float],
@@ -95,7 +96,7 @@ class Witness:
         """The signed lineage of the adapter in `folder`, which is stored as `adapter`."""
         files = {name: file_sha256(folder / name) for name in ADAPTER_FILES}
         facts = AdapterFacts(sha256=adapter.sha256, files=files, rank=adapter.rank, size_bytes=adapter.size_bytes)
-        more = {"steps": steps, "metrics": metrics, "fidelity": fidelity, "adapter": facts}
+        more = {"kind": kind, "steps": steps, "metrics": metrics, "fidelity": fidelity, "adapter": facts}
         return sign(Lineage(created_at=self._clock(), **self._facts, **more), self._pem)
 
 

@@ -71,7 +71,7 @@ class Publisher:
             return
         check_adapter(folder, self._base.id, linear_shapes(self._base), rank)
         adapter = _put_fresh(self._store.blobs, f"jobs/{self._job.id}/checkpoints/step-{step}", folder)
-        lineage = self._witness.testify(folder, adapter, steps=step, metrics=metrics)
+        lineage = self._witness.testify(folder, adapter, "checkpoint", steps=step, metrics=metrics)
         write_lineage(self._store.blobs, adapter, lineage)
         spec = self._job.spec
         name = checkpoint_name(ft_name(spec.base, self._job.owner, spec.suffix, short_id(self._job.id)), step)
@@ -96,7 +96,12 @@ class Publisher:
             check_adapter(folder, self._base.id, linear_shapes(self._base), outcome.rank)
             adapter = _put_fresh(self._store.blobs, f"{self._job.artifacts}/adapter", folder)
             lineage = self._witness.testify(
-                folder, adapter, steps=outcome.steps, metrics=outcome.metrics, fidelity=outcome.fidelity
+                folder,
+                adapter,
+                "version",
+                steps=outcome.steps,
+                metrics=outcome.metrics,
+                fidelity=outcome.fidelity,
             )
             write_lineage(self._store.blobs, adapter, lineage)
             # Whoever has lost the fence must not leave a manifest.
