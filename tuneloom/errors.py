@@ -17,6 +17,7 @@
     ├── TooLarge                      413 request_too_large
     ├── Unprocessable                 422 idempotency key reused for another request
     ├── RateLimited                   429 rate_limit_exceeded
+    │   └── QueueFull                 429 too_many_queued_jobs; not retried by clients
     └── Overloaded                    503 overloaded; retry after `retry_after_s`
 
 They cross process boundaries by pickle, so every argument but the message is optional and kept in the state.
@@ -134,6 +135,11 @@ class RateLimited(TuneloomError):
     status = 429
     type = "requests"
     code = "rate_limit_exceeded"
+
+
+class QueueFull(RateLimited):
+    code = "too_many_queued_jobs"
+    should_retry = False
 
 
 class Overloaded(TuneloomError):

@@ -2,8 +2,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.control.conftest import BASE, assert_error
-from tuneloom.domain import AdapterRef, Checkpoint, Model, Version, model_id, version_id
+from tests.control.conftest import BASE, Api, assert_error
+from tests.control.fakes import put_fake_adapter
+from tuneloom.config import TrainSettings
+from tuneloom.control import models
+from tuneloom.domain import (
+    AdapterRef,
+    Checkpoint,
+    Estimate,
+    Model,
+    Setting,
+    Usage,
+    Version,
+    model_id,
+    new_id,
+    version_id,
+)
 
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -148,12 +162,117 @@ def test_a_job_starts_from_the_adapter_that_a_name_stands_for_when_it_is_created
     assert_error(api.post(JOBS, json=body), 400, "tuneloom.warm_start", "`other/base`")
 
 
-def test_an_unknown_model_is_not_found_and_a_tuned_one_is_not_trained_on(api):
-    file = api.upload()
-    body = {"model": "nobody/knows", "training_file": file}
-    assert_error(api.post(JOBS, json=body), 404, "model", "`nobody/knows` does not exist")
+def test_an_unknown_model_a_foreign_one_and_one_without_a_version_are_not_found_alike(api):
     add_model(api, "mine")
-    assert_error(api.post(JOBS, json={"model": "mine", "training_file": file}), 400, "model", "other/base")
+    put_version(api, owner="eve", name="hers")
+    for name in ("nobody/knows", "mine", "hers", "hers@v1"):
+        body = {"model": name, "training_file": api.upload()}
+        assert_error(api.post(JOBS, json=body), 404, "model", f"`{name}` does not exist")
+
+
+@pytest.mark.parametrize("spelling", ["bot", "bot@v1", "ft"])
+def test_a_tuned_model_is_trained_on_from_its_adapter(api, spelling):
+    version = put_version(api)
+    name = version.ft_name if spelling == "ft" else spelling
+    job = api.create_job(model=name, suffix="bot")
+    assert (job["model"], job["tuneloom"]["base"], job["tuneloom"]["options"]["warm_start"]) == (name, BASE, "bot@v1")
+    assert api.store.records.jobs.get(job["id"]).value.spec.warm_start == version.adapter
+
+
+def test_what_a_tuned_model_cannot_start_is_told(api):
+    file = api.upload()
+    put_version(api)
+    both = {"model": "bot", "training_file": file, "tuneloom": {"warm_start": "bot@v1"}}
+    assert_error(api.post(JOBS, json=both), 400, "tuneloom.warm_start", "both name an adapter")
+    put_version(api, name="other", base="other/base")
+    assert_error(api.post(JOBS, json={"model": "other", "training_file": file}), 400, "model", "is not served")
+    put_version(api, name="wide", rank=128)
+    body = {"model": BASE, "training_file": file, "tuneloom": {"warm_start": "wide"}}
+    assert_error(api.post(JOBS, json=body), 400, "tuneloom.warm_start", "rank 128")
+
+
+def test_an_adapter_stays_while_a_job_is_to_train_on_it(api):
+    put_version(api)
+    put_version(api)
+    job = api.create_job(model="bot@v1")
+    for name in ("bot@v1", "bot"):
+        response = api.delete(f"/v1/models/{name}")
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "model_in_use"), response.text
+    assert api.delete("/v1/models/bot@v2").status_code == 200
+    api.post(f"{JOBS}/{job['id']}/cancel")
+    assert api.delete("/v1/models/bot").status_code == 200
+
+
+def test_an_owner_may_have_so_many_jobs_waiting(api):
+    few = api.settings.model_copy(update={"train": TrainSettings(max_queued_per_owner=3)})
+    api = Api(api.store, few)
+    waiting = [api.create_job()["id"] for _ in range(3)]
+    body = {"model": BASE, "training_file": api.upload()}
+    refused = api.post(JOBS, json=body)
+    assert_error(refused, 429, None, "3 of your jobs wait already, the limit is 3")
+    assert refused.json()["error"]["code"] == "too_many_queued_jobs"
+    assert refused.headers["x-should-retry"] == "false"
+    assert api.post(JOBS, json=body | {"training_file": api.upload(key="eve:training")}, key="eve:training").is_success
+    api.post(f"{JOBS}/{waiting[0]}/cancel")
+    assert api.post(JOBS, json=body).is_success
+
+
+def test_a_queued_job_tells_its_place_and_what_it_waits_for(api):
+    first, second = (api.create_job()["id"] for _ in range(2))
+    assert api.get(f"{JOBS}/{first}").json()["tuneloom"]["queue"] is None
+    estimate = estimated(seconds=120)
+    for id in (first, second):
+        change(api, id, state="queued", estimate=estimate)
+    change(api, second, waiting_for="a free place: 1 job of yours runs, the limit is 1")
+    shown = [api.get(f"{JOBS}/{id}").json() for id in (first, second)]
+    queue = [job["tuneloom"]["queue"] for job in shown]
+    assert [place["position"] for place in queue] == [1, 2]
+    assert [place["waiting_for"] for place in queue] == [
+        "its turn",
+        "a free place: 1 job of yours runs, the limit is 1",
+    ]
+    assert queue[1]["starts_at"] - queue[0]["starts_at"] == pytest.approx(120, abs=2)
+    assert shown[0]["estimated_finish"] - queue[0]["starts_at"] == pytest.approx(120, abs=1)
+    listed = {job["id"]: job["tuneloom"]["queue"]["position"] for job in api.get(JOBS).json()["data"]}
+    assert listed == {first: 1, second: 2}
+
+
+def test_a_finished_job_tells_what_was_estimated_what_it_took_and_the_error(api):
+    id = api.create_job()["id"]
+    usage = Usage(tokens=100, steps=5, seconds=90.0, memory_bytes=1 << 30, cost=0.5)
+    setting = Setting(name="rank", value=16, reason="the default")
+    change(api, id, state="succeeded", estimate=estimated(seconds=100), usage=usage, settings=(setting,))
+    ours = api.get(f"{JOBS}/{id}").json()["tuneloom"]
+    assert ours["settings"] == [{"name": "rank", "value": 16, "reason": "the default"}]
+    assert ours["estimate"]["seconds"] == 100
+    assert ours["usage"] == {**usage.model_dump(), "estimate_error": pytest.approx(-0.1)}
+
+
+def estimated(seconds: float) -> Estimate:
+    bounds = {"seconds": seconds, "seconds_low": seconds / 2, "seconds_high": seconds * 2}
+    return Estimate(tokens=100, steps=5, memory_bytes=1 << 30, based_on="a test", **bounds)
+
+
+def change(api, id: str, **fields: object) -> None:
+    stored = api.store.records.jobs.get(id)
+    api.store.records.commit(api.store.records.jobs.replace(stored, stored.value.model_copy(update=fields)))
+
+
+def put_version(api, *, owner: str = "ada", name: str = "bot", base: str = BASE, rank: int = 4) -> Version:
+    unique = new_id("")
+    adapter = put_fake_adapter(api.store, f"imports/{unique}", unique).model_copy(update={"rank": rank})
+    addition = models.add_version(
+        api.store.records,
+        owner=owner,
+        name=name,
+        base=base,
+        adapter=adapter,
+        unique=unique[:8],
+        suffix=name,
+        at=1.0,
+    )
+    api.store.records.commit(*addition.writes)
+    return addition.version
 
 
 def test_a_file_for_another_purpose_is_refused(api):

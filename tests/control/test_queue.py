@@ -8,7 +8,8 @@ from tests.control.conftest import add_job
 from tests.control.fakes import ROOM
 from tuneloom.config import TrainSettings
 from tuneloom.control.launcher import Room
-from tuneloom.control.queue import WINDOW_S, Load, Running, decide, is_waiting, line, places, read_ended, read_load
+from tuneloom.control.line import Load, Running, decide, line, places
+from tuneloom.control.queue import WINDOW_S, is_waiting, read_ended, read_load
 from tuneloom.domain import Estimate, Job, JobSpec, Progress, Usage
 
 NOW = 1_800_000_000.0
@@ -164,7 +165,7 @@ def test_the_load_is_what_the_records_tell(store):
     progress = {"id": open_job.id, "owner": "kim", "attempt": 1, "heartbeat_at": NOW, "memory_bytes": 7}
     record = Progress.model_validate({**progress, "stage": "training"})
     store.records.commit(store.records.progress.create(record))
-    load = read_load(store.records, NOW, read_ended(store.records, NOW))
+    load = read_load(store.records, NOW, [open_job], read_ended(store.records, NOW))
     assert load.used_s == {"ada": 40.0, "bob": 40.0, "eve": 0.0, "kim": 70.0}
     assert load.served_at["ada"] == NOW - 500 and load.served_at["kim"] == NOW and "eve" not in load.served_at
     assert [(r.job.id, r.is_begun, r.memory_bytes) for r in load.running] == [(open_job.id, True, 7)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneloom.bases import Base, linear_shapes
+from tuneloom.control.jobs import UNFINISHED
 from tuneloom.control.retry import retry
 from tuneloom.domain import (
     TERMINAL,
@@ -289,6 +290,7 @@ def _delete_records(records: Records, owner: str, name: str, prefixes: list[str]
 def _delete_model(records: Records, model: Stored[Model], prefixes: list[str]) -> None:
     """Delete a Model with all Versions: in one commit, unless it has hundreds."""
     versions = records.versions.query({"owner": model.value.owner, "model": model.value.name})
+    _check_unused(records, model.value.owner, {version.value.adapter.uri for version in versions})
     writes: list[Write] = []
     uris: list[str] = []
     for version in versions:
@@ -307,6 +309,7 @@ def _delete_model(records: Records, model: Stored[Model], prefixes: list[str]) -
 def _delete_version(records: Records, version: Stored[Version], prefixes: list[str]) -> None:
     gone = version.value
     checkpoints = _checkpoints_of(records, gone)
+    _check_unused(records, gone.owner, {gone.adapter.uri, *(c.value.adapter.uri for c in checkpoints)})
     writes: list[Write] = [records.versions.delete(version), *(records.checkpoints.delete(c) for c in checkpoints)]
     model = records.models.find(model_id(gone.owner, gone.model))
     if model is not None:
@@ -318,6 +321,19 @@ def _delete_version(records: Records, version: Stored[Version], prefixes: list[s
         writes.append(records.models.replace(model, model.value.model_copy(update={"active": heir})))
     records.commit(*writes)
     prefixes += [gone.adapter.uri, *(c.value.adapter.uri for c in checkpoints)]
+
+
+def _check_unused(records: Records, owner: str, uris: set[str]) -> None:
+    """Refuse to delete an adapter that an unfinished job is to train on."""
+    for state in UNFINISHED:
+        for job in records.jobs.query({"owner": owner, "state": state}):
+            start = job.value.spec.warm_start
+            if start is not None and start.uri in uris:
+                raise Conflict(
+                    f"The job `{job.value.id}`, which is `{state}`, goes on from it. "
+                    "Cancel the job or wait for its end.",
+                    code="model_in_use",
+                )
 
 
 def _checkpoints_of(records: Records, version: Version) -> list[Stored[Checkpoint]]:
@@ -333,5 +349,6 @@ def _delete_checkpoint(records: Records, checkpoint: Stored[Checkpoint], prefixe
             f"The checkpoint belongs to the job `{job.value.id}`, which may resume from it. Cancel the job first.",
             code=job.value.state,
         )
+    _check_unused(records, checkpoint.value.owner, {checkpoint.value.adapter.uri})
     records.commit(records.checkpoints.delete(checkpoint))
     prefixes.append(checkpoint.value.adapter.uri)

@@ -1,85 +1,81 @@
-"""Which waiting job starts next, and what the others wait for. Records are only read here.
+"""The line of waiting jobs, from the records and the cluster. `line` decides; here it is read and carried out."""
 
-Owners take turns: first the one with the fewest running jobs, then the one who has used the least of the last day, less
-what they have waited since; of one owner the oldest job. So each hour of waiting makes up for an hour of use, and
-nobody waits for ever behind owners who come later. Jobs that lost their attempt go before all others.
-"""
-
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tuneloom.config import TrainSettings
+from tuneloom.control import jobs
+from tuneloom.control.jobs import History, apply
 from tuneloom.control.launcher import Launcher, LauncherUnavailable, Room
-from tuneloom.domain import Job
-from tuneloom.store.base import Range
+from tuneloom.control.line import Load, Place, Running, decide, line, places
+from tuneloom.control.writer import JobWriter
+from tuneloom.domain import Job, Progress
+from tuneloom.store.base import Range, Write
 from tuneloom.store.records import Records, Stored
 
+logger = logging.getLogger(__name__)
+
+LAUNCHING = "launching"
+# Stages of an attempt whose worker holds nothing yet, so that the cluster still counts its share as free.
+UNSTARTED = frozenset({LAUNCHING, "starting"})
 USE_INTERVAL_S = 10.0
 WINDOW_S = 24 * 3600.0
-# Stages of an attempt whose worker holds nothing yet, so that the cluster still counts its share as free.
-UNSTARTED = frozenset({"launching", "starting"})
-ITS_TURN = "its turn"
-
-
-@dataclass(frozen=True)
-class Running:
-    """An open attempt: whether the cluster counts its share as used, and the most memory that it has held."""
-
-    job: Job
-    is_begun: bool = True
-    memory_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Load:
-    """What runs, the seconds that each owner has used within the last day, and when they last had a running job."""
-
-    running: Sequence[Running]
-    used_s: Mapping[str, float]
-    served_at: Mapping[str, float]
-
-    def num_running(self) -> Counter[str]:
-        return Counter(running.job.owner for running in self.running)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a queued job stands, from 1, and when it may start and end; None where a job before it has no estimate."""
-
-    position: int
-    starts_at: float | None
-    ends_at: float | None
 
 
 class Queue:
-    """The line as reconcile sees it. What it keeps spares reading what owners have used at each tick."""
+    """Starts those that are first, and tells the others what they wait for when that changes.
+
+    What it remembers spares reading at each tick what owners have used.
+    """
 
     def __init__(
         self,
         records: Records,
         launcher: Launcher,
         settings: TrainSettings,
+        writer: JobWriter,
         clock: Callable[[], float],
     ) -> None:
         self._records = records
         self._launcher = launcher
         self._settings = settings
+        self._writer = writer
         self._clock = clock
         self._ended: list[Job] = []
-        self._read_at = float("-inf")
+        self._ended_as_of = (float("-inf"), frozenset[str]())
 
     def decide(self, waiting: Sequence[Stored[Job]]) -> Iterator[tuple[Stored[Job], str | None]]:
-        """Each waiting job in order, with what it waits for; None: start it now. Raises LauncherUnavailable."""
+        """Each waiting job in order, with what it waits for; None: it is to start. Raises LauncherUnavailable."""
         now = self._clock()
-        if now - self._read_at >= USE_INTERVAL_S:
-            self._ended, self._read_at = read_ended(self._records, now), now
         found = {stored.value.id: stored for stored in waiting}
-        load = read_load(self._records, now, self._ended)
+        running = [stored.value for stored in self._records.jobs.query({"attempt_open": True})]
+        load = read_load(self._records, now, running, self._ended_by(now, running))
         order = line([stored.value for stored in waiting], load, now)
-        room = self._room(load, len(order))
-        for job, reason in decide(order, load, self._settings, room):
+        for job, reason in decide(order, load, self._settings, self._room(load, len(order))):
             yield found[job.id], reason
+
+    def act(self, stored: Stored[Job], reason: str | None) -> None:
+        """Start a job, or tell it what it waits for unless it knows."""
+        job, now = stored.value, self._clock()
+        if reason is not None:
+            if reason != job.waiting_for:
+                told = History(job, now).line(f"Waiting for {reason}")
+                self._writer.commit(stored, apply(job, jobs.Waits(reason)), [told])
+            return
+        progress = self._records.progress.find(job.id)
+        launched = apply(job, jobs.Launched(now))
+        self._writer.commit(stored, launched, [], _new_fence(self._records, progress, launched, now))
+        self._launcher.launch(launched)
+        logger.info("attempt launched: %s", launched.submission_id)
+
+    def _ended_by(self, now: float, running: Sequence[Job]) -> list[Job]:
+        """The jobs that have ended, read again when another runs than before: then one of those may have ended."""
+        read_at, handles = self._ended_as_of
+        seen = frozenset(job.submission_id for job in running)
+        if seen != handles or now - read_at >= USE_INTERVAL_S:
+            self._ended, self._ended_as_of = read_ended(self._records, now), (now, seen)
+        return self._ended
 
     def _room(self, load: Load, num_waiting: int) -> Room | None:
         try:
@@ -96,87 +92,27 @@ def read_ended(records: Records, now: float) -> list[Job]:
     return [stored.value for stored in records.jobs.query(order_by="finished_at", bounds=bounds)]
 
 
-def read_load(records: Records, now: float, ended: Iterable[Job]) -> Load:
-    """The load as the records tell; `ended` from `read_ended`, perhaps of a moment ago."""
-    running = [_running(records, stored.value) for stored in records.jobs.query({"attempt_open": True})]
+def read_load(records: Records, now: float, running: Iterable[Job], ended: Iterable[Job]) -> Load:
+    """The load of these running jobs, and of what `read_ended` found and is paused or waits."""
+    open_attempts = [_running(records, job) for job in running]
     resting = [s.value for state in ("paused", "queued") for s in records.jobs.query({"state": state})]
     used: dict[str, float] = defaultdict(float)
     served: dict[str, float] = {}
-    seen = {job.id: job for job in [*ended, *resting, *(r.job for r in running)]}
+    seen = {job.id: job for job in [*ended, *resting, *(attempt.job for attempt in open_attempts)]}
     for job in seen.values():
         used[job.owner] += _used_s(job, now)
         if job.attempt:
             served_at = now if job.attempt_open else (job.finished_at or job.attempt_started_at or 0.0)
             served[job.owner] = max(served.get(job.owner, 0.0), served_at)
-    return Load(running, used, served)
+    return Load(open_attempts, used, served)
 
 
-def line(waiting: Iterable[Job], load: Load, now: float) -> list[Job]:
-    """All waiting jobs in the order in which they start."""
-    oldest = sorted(waiting, key=lambda job: (job.created_at, job.id))
-    order = [job for job in oldest if job.losses]
-    running = load.num_running() + Counter(job.owner for job in order)
-    queues: dict[str, list[Job]] = defaultdict(list)
-    for job in reversed(oldest):
-        if not job.losses:
-            queues[job.owner].append(job)
-    debt = {owner: _debt_s(owner, jobs[-1], load, now) for owner, jobs in queues.items()}
-    while queues:
-        owner = min(queues, key=lambda o: (running[o], debt[o], queues[o][-1].created_at, queues[o][-1].id))
-        order.append(queues[owner].pop())
-        running[owner] += 1
-        if not queues[owner]:
-            del queues[owner]
-    return order
-
-
-def decide(
-    order: Sequence[Job], load: Load, settings: TrainSettings, room: Room | None
-) -> Iterator[tuple[Job, str | None]]:
-    """Each job of the line with what it waits for; None: it starts now.
-
-    While nothing runs the first job starts, whatever is free: a cluster may grow only once it is asked. With `room`
-    None, nothing is said of the others. A job that does not fit beside those that run holds up the line,
-    or smaller ones could keep it waiting for ever.
-    """
-    running, mine = list(load.running), load.num_running()
-    is_blocked = False
-    for job in order:
-        if running and room is None:
-            return
-        reason = _limit(job, mine, len(running), settings)
-        if reason is None:
-            reason = ITS_TURN if is_blocked else _lack(job, running, settings, room)
-            is_blocked = reason is not None
-        if reason is None:
-            running.append(Running(job, is_begun=False))
-            mine[job.owner] += 1
-        yield job, reason
-
-
-def places(order: Sequence[Job], load: Load, settings: TrainSettings, now: float) -> dict[str, Place]:
-    """Where each job of the line stands, and when it may start if all take what was estimated."""
-    ends: list[tuple[float | None, str]] = [(_ends_at(running.job, now), running.job.owner) for running in load.running]
-    num_places = settings.max_running or max(1, len(ends))
-    mine = load.num_running()
-    left, found, at = list(order), {}, now
-    positions = {job.id: position for position, job in enumerate(order, 1)}
-    while left:
-        able = next((job for job in left if mine[job.owner] < settings.max_running_per_owner), None)
-        if able is not None and len(ends) < num_places:
-            ends_at = None if able.estimate is None else at + able.estimate.seconds
-            found[able.id] = Place(positions[able.id], at, ends_at)
-            ends.append((ends_at, able.owner))
-            mine[able.owner] += 1
-            left.remove(able)
-            continue
-        if any(end is None for end, _ in ends):
-            break
-        next_end, owner = min((end, owner) for end, owner in ends if end is not None)
-        ends.remove((next_end, owner))
-        mine[owner] -= 1
-        at = max(at, next_end)
-    return {job.id: found.get(job.id) or Place(positions[job.id], None, None) for job in order}
+def read_places(records: Records, settings: TrainSettings, now: float) -> dict[str, Place]:
+    """Where each waiting job stands, by its id."""
+    waiting = [stored.value for stored in records.jobs.query({"state": "queued"}) if is_waiting(stored.value)]
+    running = [stored.value for stored in records.jobs.query({"attempt_open": True})]
+    load = read_load(records, now, running, read_ended(records, now))
+    return places(line(waiting, load, now), load, settings, now)
 
 
 def is_waiting(job: Job) -> bool:
@@ -195,60 +131,16 @@ def _used_s(job: Job, now: float) -> float:
     return max(known, now - job.attempt_started_at) if job.attempt_open and job.attempt_started_at else known
 
 
-def _debt_s(owner: str, oldest: Job, load: Load, now: float) -> float:
-    waiting_since = max(load.served_at.get(owner, 0.0), oldest.created_at)
-    return load.used_s.get(owner, 0.0) - max(0.0, now - waiting_since)
-
-
-def _ends_at(job: Job, now: float) -> float | None:
-    if job.estimated_finish is not None:
-        return max(now, job.estimated_finish)
-    if job.estimate is None:
-        return None
-    return max(now, (job.attempt_started_at or now) + job.estimate.seconds)
-
-
-def _limit(job: Job, mine: Counter[str], num_running: int, settings: TrainSettings) -> str | None:
-    if mine[job.owner] >= settings.max_running_per_owner:
-        return f"a free place: {_jobs(mine[job.owner], ' of yours')}, the limit is {settings.max_running_per_owner}"
-    if settings.max_running is not None and num_running >= settings.max_running:
-        return f"a free place: {_jobs(num_running)}, the limit is {settings.max_running}"
-    return None
-
-
-def _lack(job: Job, running: Sequence[Running], settings: TrainSettings, room: Room | None) -> str | None:
-    """What the cluster has not for `job` beside those that run."""
-    if not running:
-        return None
-    assert room is not None, "the cluster was asked, as something runs"
-    if settings.max_running is None and (reason := _lack_of_devices(running, settings, room)):
-        return reason
-    if settings.num_gpus or room.free_memory_bytes is None or job.estimate is None:
-        return None
-    # Those that run may still grow to what was estimated of them.
-    growing = sum(max(0, r.job.estimate.memory_bytes - r.memory_bytes) for r in running if r.job.estimate)
-    if job.estimate.memory_bytes > room.free_memory_bytes - growing:
-        needed = job.estimate.memory_bytes / 1e9
-        return f"free memory: it needs {needed:.1f} GB, more than is left beside {_jobs(len(running), verb=False)}"
-    return None
-
-
-def _lack_of_devices(running: Sequence[Running], settings: TrainSettings, room: Room) -> str | None:
-    starting = sum(not r.is_begun for r in running)
-    if settings.num_gpus:
-        if room.free_gpus - starting * settings.num_gpus < settings.num_gpus:
-            return f"a free GPU: it needs {settings.num_gpus:g}"
-    else:
-        # Ray's CPUs are bookkeeping; steps on the same cores only take turns.
-        needed = settings.cores_of(room.node_cores)
-        left = room.cores - len(running) * needed
-        if left < needed:
-            return f"free cores: it needs {needed}, {_jobs(len(running))}"
-    if room.free_cpus - starting * settings.num_cpus < settings.num_cpus:
-        return f"free CPUs of the cluster: it needs {settings.num_cpus:g}"
-    return None
-
-
-def _jobs(count: int, of: str = "", *, verb: bool = True) -> str:
-    noun = "job" if count == 1 else "jobs"
-    return f"{count} {noun}{of}" + ((" runs" if count == 1 else " run") if verb else "")
+def _new_fence(records: Records, before: Stored[Progress] | None, job: Job, now: float) -> list[Write]:
+    """The Progress of a new attempt. What was logged stays known, so that a resumed run does not log it again."""
+    fresh = {
+        "attempt": job.attempt,
+        "heartbeat_at": now,
+        "stage": LAUNCHING,
+        "estimated_finish": None,
+        "outcome": None,
+        "error": None,
+    }
+    if before is None:
+        return [records.progress.create(Progress.model_validate({"id": job.id, "owner": job.owner, **fresh}))]
+    return [records.progress.replace(before, before.value.model_copy(update=fresh))]

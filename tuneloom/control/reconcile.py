@@ -18,7 +18,7 @@ from tuneloom.control.check import Checker
 from tuneloom.control.estimate import Estimator
 from tuneloom.control.jobs import History, apply
 from tuneloom.control.launcher import Launcher, LauncherUnavailable, Observation
-from tuneloom.control.queue import Queue
+from tuneloom.control.queue import LAUNCHING, Queue
 from tuneloom.control.registration import Registrar
 from tuneloom.control.writer import JobWriter
 from tuneloom.domain import Event, Job, JobError, Progress
@@ -29,7 +29,6 @@ from tuneloom.store.records import Stored
 
 logger = logging.getLogger(__name__)
 
-LAUNCHING = "launching"
 COPY_INTERVAL_S = 3.0
 GRACE_S = 45.0
 STOP_INTERVAL_S = 10.0
@@ -59,7 +58,7 @@ class Reconciler:
         self._estimator = Estimator(store.records, launcher, settings)
         self._admission = Admission(checker, self._estimator, self._writer, clock)
         self._registrar = Registrar(store, self._estimator, self._writer, clock)
-        self._queue = Queue(store.records, launcher, settings, clock)
+        self._queue = Queue(store.records, launcher, settings, self._writer, clock)
         # Memory that only spares work or delays force; losing it changes no outcome.
         self._alive_until: dict[str, float] = {}
         self._copied_at: dict[str, float] = {}
@@ -81,10 +80,7 @@ class Reconciler:
         with self._guard("the queue"):
             for stored, reason in self._queue.decide(waiting):
                 with self._guard(stored.value.id):
-                    if reason is None:
-                        self._launch(stored)
-                    elif reason != stored.value.waiting_for:
-                        self._tell(stored, reason)
+                    self._queue.act(stored, reason)
 
     @contextmanager
     def _guard(self, what: str) -> Iterator[None]:
@@ -131,21 +127,6 @@ class Reconciler:
             if progress is None or not self._take_last_word(stored, progress):
                 return "waits"
         return None
-
-    # Starting an attempt
-
-    def _launch(self, stored: Stored[Job]) -> None:
-        job, now = stored.value, self._clock()
-        progress = self._records.progress.find(job.id)
-        launched = apply(job, jobs.Launched(now))
-        self._writer.commit(stored, launched, [], _new_fence(self._store, progress, launched, now))
-        self._launcher.launch(launched)
-        logger.info("attempt launched: %s", launched.submission_id)
-
-    def _tell(self, stored: Stored[Job], reason: str) -> None:
-        job = stored.value
-        line = History(job, self._clock()).line(f"Waiting for {reason}")
-        self._writer.commit(stored, apply(job, jobs.Waits(reason)), [line])
 
     # Watching an attempt
 
@@ -333,21 +314,6 @@ class Reconciler:
         if now - self._warned_at > 30:
             self._warned_at = now
             logger.warning("launcher unavailable: %s", error)
-
-
-def _new_fence(store: Store, before: Stored[Progress] | None, job: Job, now: float) -> list[Write]:
-    """The Progress of a new attempt. What was logged stays known, so that a resumed run does not log it again."""
-    fresh = {
-        "attempt": job.attempt,
-        "heartbeat_at": now,
-        "stage": LAUNCHING,
-        "estimated_finish": None,
-        "outcome": None,
-        "error": None,
-    }
-    if before is None:
-        return [store.records.progress.create(Progress.model_validate({"id": job.id, "owner": job.owner, **fresh}))]
-    return [store.records.progress.replace(before, before.value.model_copy(update=fresh))]
 
 
 def _is_by_hand(job: Job) -> bool:
