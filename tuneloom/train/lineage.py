@@ -49,7 +49,10 @@ TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config
 
 
 class Witness:
-    """Knows what makes the adapters of one run, and signs it. `batches` gives the order of rows, epoch by epoch."""
+    """Knows what makes the adapters of one run, and signs it. `batches` gives the order of rows, epoch by epoch.
+
+    `plan` may be replaced by one that the trainer had to change.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Witness:
     ) -> None:
         spec = job.spec
         validation = spec.validation_file
+        self.plan = plan
         self._pem = read_signing_key(settings)
         self._clock = clock
         self._facts: dict[str, Any] = {
@@ -71,8 +75,6 @@ class Witness:
             "method": spec.method,
             "seed": spec.seed,
             "spec": spec,
-            "resolved": plan.hyperparameters,
-            "settings": plan.settings,
             "base": base_facts(base),
             "training_file": _file_facts(store, spec.training_file),
             "validation_file": _file_facts(store, validation) if validation else None,
@@ -96,7 +98,8 @@ class Witness:
         """The signed lineage of the adapter in `folder`, which is stored as `adapter`."""
         files = {name: file_sha256(folder / name) for name in ADAPTER_FILES}
         facts = AdapterFacts(sha256=adapter.sha256, files=files, rank=adapter.rank, size_bytes=adapter.size_bytes)
-        more = {"kind": kind, "steps": steps, "metrics": metrics, "fidelity": fidelity, "adapter": facts}
+        resolved = {"resolved": self.plan.hyperparameters, "settings": self.plan.settings}
+        more = {**resolved, "kind": kind, "steps": steps, "metrics": metrics, "fidelity": fidelity, "adapter": facts}
         return sign(Lineage(created_at=self._clock(), **self._facts, **more), self._pem)
 
 
