@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli import bases, files, jobs, keys, local, models
+from tuneloom.cli import bases, files, jobs, keys, lineage, local, models
 
 app = typer.Typer(
     name="tuneloom",
@@ -33,6 +33,8 @@ app.command()(local.up)
 app.command()(local.down)
 app.command()(local.status)
 app.command()(local.env)
+app.command()(lineage.verify)
+app.command()(lineage.reproduce)
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")

@@ -9,8 +9,7 @@ from pathlib import Path
 from tuneloom.domain import AdapterRef
 from tuneloom.store.artifacts import ADAPTER_FILES, fetch_adapter
 from tuneloom.store.base import BlobNotFound, Blobs
-
-LINEAGE_FILE = "lineage.json"
+from tuneloom.store.lineage import LINEAGE_FILE
 
 
 def has_lineage(blobs: Blobs, adapter: AdapterRef) -> bool:
@@ -27,7 +26,7 @@ def copy_lineage(blobs: Blobs, adapter: AdapterRef, folder: Path) -> None:
 
 
 def write_adapter(blobs: Blobs, adapter: AdapterRef, folder: Path, *, name: str, base: str) -> None:
-    """Fill `folder` with what plain `peft` loads: the verified weights, a config that names the base by its id, a
+    """Fill `folder` with what plain `peft` loads: the verified weights, the config, naming the base by its id, a
     README that says how, and the lineage if there is one.
 
     Raises:
@@ -37,9 +36,14 @@ def write_adapter(blobs: Blobs, adapter: AdapterRef, folder: Path, *, name: str,
     config_name, weights_name = ADAPTER_FILES
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as cache:
         fetched = fetch_adapter(blobs, adapter, Path(cache))
-        # An imported adapter may name a folder of the machine that it was trained on.
-        config = {**json.loads((fetched / config_name).read_bytes()), "base_model_name_or_path": base}
-        (folder / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        config = json.loads((fetched / config_name).read_bytes())
+        if config.get("base_model_name_or_path") == base:
+            # As it was written: its hash is in the lineage.
+            (fetched / config_name).rename(folder / config_name)
+        else:
+            # An imported adapter may name a folder of the machine that it was trained on.
+            config["base_model_name_or_path"] = base
+            (folder / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (fetched / weights_name).rename(folder / weights_name)
     (folder / "README.md").write_text(_readme(name, base), encoding="utf-8")
     copy_lineage(blobs, adapter, folder)
