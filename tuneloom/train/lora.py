@@ -79,6 +79,8 @@ class LoraTrainer(SFTTrainer):
         self._tokens = tokens
         self._base_id = base_id
         self._on_save = on_save
+        # Learned tokens of this step that were the likeliest, if that is counted here.
+        self._right: int | None = None
         has_own_precision = speed_up(model) and plan.precision == "bf16"
         with _without_deprecations():
             super().__init__(
@@ -110,6 +112,7 @@ class LoraTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a whole step; its loss, that of a mean learned token."""
         model.train()
+        self._right = None
         learned = sum(int((part["labels"][:, 1:] != IGNORED).sum()) for part in inputs)
         total = torch.zeros((), device=self.args.device)
         for number, part in enumerate(inputs):
@@ -121,6 +124,8 @@ class LoraTrainer(SFTTrainer):
                 loss = self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=learned)
             self.accelerator.backward(loss)
             total += loss.detach()
+        if self._right is not None:
+            self._metrics["train"]["mean_token_accuracy"].append(self._right / max(1, learned))
         return total
 
     def compute_loss(
@@ -130,8 +135,7 @@ class LoraTrainer(SFTTrainer):
         if not self._has_own_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         output = model(**inputs, use_cache=False, fused_lm_head=True)
-        right = output.is_top1.sum().item() / max(1, int(output.label_mask.sum()))
-        self._metrics["train"]["mean_token_accuracy"].append(right)
+        self._right = (self._right or 0) + int(output.is_top1.sum())
         return -output.log_probs.sum() / max(1, num_items_in_batch)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
