@@ -1,8 +1,11 @@
 """`tuneloom files`: training files, by the API, and their check on this machine without a server."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Training files.", no_args_is_help=True)
 
 FILES = "/v1/files"
+CHUNK_BYTES = 1 << 20
 
 FileId = Annotated[str, typer.Argument(help="The file's id, `file-...`.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
@@ -99,7 +103,7 @@ def check(
     checking = Check(settings, spec)
     for param, file in (("training_file", path), ("validation_file", validation)):
         if file is not None:
-            with file.open("rb") as source:
+            with _open_rows(file) as source:
                 checking.read(param, file.name, source)
     report = checking.report()
     if json:
@@ -108,6 +112,23 @@ def check(
         _print(report, spec)
     if report.error is not None:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _open_rows(path: Path) -> Iterator[BinaryIO]:
+    """The file as JSON Lines, as an upload would store it. Raises InvalidFile if a row of CSV or JSON is wrong."""
+    from tuneloom.rows import to_json_lines
+
+    with path.open("rb") as source:
+        if path.suffix.lower() not in (".csv", ".json"):
+            yield source
+            return
+        with tempfile.TemporaryFile() as lines:
+            chunks = iter(lambda: source.read(CHUNK_BYTES), b"")
+            for piece in to_json_lines(chunks, "csv" if path.suffix.lower() == ".csv" else "json"):
+                lines.write(piece)
+            lines.seek(0)
+            yield lines
 
 
 def _spec(

@@ -28,7 +28,8 @@ class Example:
 
     @property
     def num_learned(self) -> int:
-        return sum(self.learned)
+        """Tokens that are predicted; the first of a row never is, since nothing comes before it."""
+        return sum(self.learned[1:])
 
     def cut(self, limit: int) -> "Example":
         """Its first `limit` tokens."""
