@@ -24,6 +24,7 @@ SCRIPTS = (
     "fairness",
     "hot_swap",
     "soak",
+    "validate",
 )
 
 

@@ -69,10 +69,10 @@ def _lines(rows: CsvRows | JsonRows, max_row_bytes: int) -> Iterator[bytes]:
         for place, row in rows:
             number += 1
             try:
-                line = rows.encode(row)
+                line, data = rows.encode(row)
                 if len(line) > max_row_bytes:
                     raise Wrong(f"As JSON it is longer than {max_row_bytes:,} bytes. Split the row.")
-                scan.row(line)
+                scan.row(data)
             except Wrong as problem:
                 problems.add(f"{place}: {problem}")
             else:

@@ -1,15 +1,13 @@
 """Rows of a CSV file (RFC 4180) whose header names the columns of a format. Strings, and cells that hold JSON."""
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from json.encoder import encode_basestring
+from typing import Any, BinaryIO
 
 from tuneloom.rows.fields import Wrong, quoted
 from tuneloom.rows.parse import BOM, check_encoding, parse_value
-
-_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,16 @@ class _Table:
     @property
     def name(self) -> str:
         return f"`{','.join([*self.required, *(f'[{name}]' for name in self.optional)])}`"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """`start` is how its member of an object begins."""
+
+    name: str
+    start: str
+    is_json: bool
+    is_optional: bool
 
 
 _TABLES = (
@@ -51,9 +59,7 @@ class CsvRows:
         csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
         self._lines = _Lines(file, max_row_bytes)
         self._reader = csv.reader(self._lines, strict=True)
-        self._columns: list[str] = []
-        self._json: list[bool] = []
-        self._optional: list[bool] = []
+        self._columns: list[_Column] = []
 
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
         """Raises Wrong where the file cannot be read on; the message says where."""
@@ -69,28 +75,30 @@ class CsvRows:
                 yield place, cells
             line = self._reader.line_num + 1
 
-    def encode(self, cells: list[str]) -> bytes:
-        """Raises Wrong if these cells are no row."""
+    def encode(self, cells: list[str]) -> tuple[bytes, dict[str, Any]]:
+        """The row as JSON and as what that holds. Raises Wrong if these cells are no row."""
         if len(cells) != len(self._columns):
             raise Wrong(f"There are {len(cells)} cells, and the header has {len(self._columns)} columns.")
-        if not any(self._json):
-            return _encode(dict(zip(self._columns, cells, strict=True))).encode()
-        members = []
-        for column, cell, is_json, is_optional in zip(self._columns, cells, self._json, self._optional, strict=True):
-            if is_optional and not cell.strip():
-                continue
-            text = _checked_json(column, cell) if is_json else _encode(cell)
-            members.append(f'"{column}": {text}')
-        return f"{{{', '.join(members)}}}".encode()
+        members, data = [], {}
+        for column, cell in zip(self._columns, cells, strict=True):
+            if column.is_json:
+                if column.is_optional and not cell.strip():
+                    continue
+                data[column.name] = _parsed(column.name, cell)
+                # Between its tokens JSON may have line ends, and within strings it has none.
+                members.append(column.start + cell.replace("\r", " ").replace("\n", " "))
+            else:
+                data[column.name] = cell
+                members.append(column.start + encode_basestring(cell))
+        return f"{{{', '.join(members)}}}".encode(), data
 
     def _read_header(self) -> None:
         header = self._next("Header")
         if not header:
             raise Wrong("The first line is empty. It holds the names of the columns.")
-        self._columns = [name.strip() for name in header]
-        table = _table_of(self._columns)
-        self._json = [name in table.json for name in self._columns]
-        self._optional = [name in table.optional for name in self._columns]
+        names = [name.strip() for name in header]
+        table = _table_of(names)
+        self._columns = [_Column(name, f'"{name}": ', name in table.json, name in table.optional) for name in names]
 
     def _next(self, place: str) -> list[str] | None:
         self._lines.start_row()
@@ -157,15 +165,13 @@ def _table_of(columns: list[str]) -> _Table:
     raise Wrong(f"The header's columns are those of no format: {names}. Formats are {formats}.")
 
 
-def _checked_json(column: str, cell: str) -> str:
+def _parsed(column: str, cell: str) -> Any:
     try:
-        parse_value(cell.encode())
+        return parse_value(cell.encode())
     except Wrong as problem:
         if cell.lstrip().startswith(("[{'", "{'")):
             raise Wrong(f"`{column}` holds Python's notation. Write it as JSON, by `json.dumps`.") from None
         raise Wrong(f"`{column}`: {problem}") from None
-    # Between its tokens JSON may have line ends, and within strings it has none.
-    return cell.replace("\r", " ").replace("\n", " ")
 
 
 def _explained(message: str) -> str:

@@ -4,9 +4,10 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tuneloom.rows.fields import Wrong, kind_of, quoted
+from tuneloom.rows.parse import parse
 
 _CHUNK_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -37,12 +38,13 @@ class JsonRows:
         if mark := text.next_mark():
             raise Wrong(f"Not JSON: {quoted(mark)} after the end of the array, at {text.where(text.at)}.")
 
-    def encode(self, element: str) -> bytes:
-        """Raises Wrong if the element is no object."""
+    def encode(self, element: str) -> tuple[bytes, dict[str, Any]]:
+        """The row as a line of JSON and as what that holds. Raises Wrong if the element is no object."""
         if not element.startswith("{"):
             raise Wrong(f"The element is {kind_of(json.loads(element))}, not a JSON object.")
         # Between its tokens JSON may have line ends, and within strings it has none.
-        return element.replace("\r", " ").replace("\n", " ").encode()
+        line = element.replace("\r", " ").replace("\n", " ").encode()
+        return line, parse(line)
 
     def _element(self) -> str:
         text = self._text

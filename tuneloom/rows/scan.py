@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tuneloom.rows.fields import Wrong
 from tuneloom.rows.formats import Method, Row, check_method, format_of
@@ -62,16 +62,15 @@ class Scan:
                 continue
             self.num_rows += 1
             try:
-                row = self.row(raw)
+                row = self.row(parse(raw))
             except Wrong as problem:
                 self.add(number, str(problem))
             else:
                 yield number, row
         self._finish()
 
-    def row(self, raw: bytes) -> Row:
-        """The row of one line, of the same format as those before. Raises Wrong; counts nothing."""
-        data = parse(raw)
+    def row(self, data: dict[str, Any]) -> Row:
+        """The row that an object is, of the same format as those before. Raises Wrong; counts nothing."""
         format_ = format_of(data)
         if self.method is not None:
             check_method(format_, self.method)
