@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from tuneloom.control.body import Body, auto_or
+from tuneloom.control.integrations import Integrations
 from tuneloom.domain import Hyperparameters, TrainOptions
 from tuneloom.errors import InvalidRequest, UnsupportedParameter
 
@@ -51,7 +52,7 @@ class CreateJob(Body):
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
     method: MethodBody | None = None
     hyperparameters: HyperparametersBody | None = None
-    integrations: list[Any] | None = None
+    integrations: Integrations | None = None
     metadata: dict[Key, Text] | None = Field(None, max_length=16)
     tuneloom: TrainOptions | None = None
 
@@ -68,11 +69,6 @@ def check_supported(body: CreateJob) -> None:
             raise InvalidRequest(
                 f"`method.{other}` does not go with the type `{method.type}`.", param=f"method.{other}"
             )
-    if body.integrations:
-        raise UnsupportedParameter(
-            "`integrations` are not supported. Leave the field out; metrics are in the job's events and result file.",
-            param="integrations",
-        )
 
 
 def method_of(body: CreateJob) -> Literal["supervised", "dpo"]:

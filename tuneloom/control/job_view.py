@@ -3,6 +3,7 @@
 from typing import Any
 
 from tuneloom.control.estimate import error_of
+from tuneloom.control.integrations import show_integrations
 from tuneloom.control.line import ITS_TURN, Place
 from tuneloom.domain import Checkpoint, Event, Job, model_name
 
@@ -27,7 +28,7 @@ def show_job(job: Job, place: Place | None = None) -> dict[str, Any]:
         "seed": job.spec.seed,
         "hyperparameters": {name: value for name, value in hyperparameters.items() if name != "beta"},
         "method": {"type": job.spec.method, job.spec.method: {"hyperparameters": hyperparameters}},
-        "integrations": [],
+        "integrations": show_integrations(job.spec.wandb),
         "metadata": job.spec.metadata,
         "error": None if job.error is None else job.error.model_dump(),
         "user_provided_suffix": job.spec.suffix,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tuneloom.control import files, models
 from tuneloom.control.context import ApiContext
+from tuneloom.control.integrations import wandb_of
 from tuneloom.control.job_body import CreateJob, check_supported, hyperparameters_of, method_of
 from tuneloom.control.jobs import History
 from tuneloom.domain import (
@@ -59,6 +60,7 @@ class NewJobs:
             warm_start=find_start(self._records, owner, options.warm_start, origin.base)
             if options.warm_start
             else None,
+            wandb=wandb_of(body.integrations),
             metadata=body.metadata,
         )
         if spec.warm_start is not None and spec.warm_start.rank > origin.max_rank:
