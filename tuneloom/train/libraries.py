@@ -12,6 +12,8 @@ from types import ModuleType
 class Libraries:
     """Our modules over torch, transformers, PEFT and TRL."""
 
+    dpo: ModuleType
+    integrations: ModuleType
     lora: ModuleType
     models: ModuleType
     scores: ModuleType
@@ -29,11 +31,11 @@ def import_libraries(threads: int) -> Libraries:
         import torch
         import transformers
 
-        from tuneloom.train import lora, models, scores, steps
+        from tuneloom.train import dpo, integrations, lora, models, scores, steps
     transformers.utils.logging.disable_progress_bar()
     lora.use_one_process()
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    return Libraries(lora, models, scores, steps)
+    return Libraries(dpo, integrations, lora, models, scores, steps)
 
 
 def release_memory() -> None:

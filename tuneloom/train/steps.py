@@ -153,6 +153,7 @@ class Steps(TrainerCallback):
             "step": float(step),
             "train_loss": loss,
             "train_mean_token_accuracy": logs["mean_token_accuracy"],
+            **{name: value for name, value in logs.items() if name.startswith("train_reward_")},
             **self._scored,
         }
         best = self.evaluations.best
@@ -214,6 +215,7 @@ class Steps(TrainerCallback):
             "valid_mean_token_accuracy": score.accuracy,
             "full_valid_loss": score.loss,
             "full_valid_mean_token_accuracy": score.accuracy,
+            **score.more,
         }
         is_best = self.evaluations.add(Evaluation(step, score.loss, score.accuracy))
         if is_best and self.evaluations.patience is not None:
