@@ -79,4 +79,7 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    # Ray 2.60 ends a process by 1 if a thread still lets go of a reference while it shuts down; a driver that is just
+    # gone is cleared away as well, and sooner.
+    os._exit(code)

@@ -1,4 +1,4 @@
-"""The adapter with the least validation loss of a run that may stop early, beside its states and inside each of them."""
+"""The adapter with the least validation loss of a run that may stop early, beside its states and inside each."""
 
 import os
 import shutil

@@ -11,6 +11,11 @@ FULL_DISK_BYTES = 64 << 20
 # Of safetensors and numpy, and of SQLite, which raise errors of their own.
 _DISK_TEXTS = ("No space left on device", "database or disk is full")
 
+_SMALLER = (
+    "Use shorter rows (`tuneloom.max_length` with `long_rows` `cut`), `tuneloom.quantization`, a lower "
+    "`tuneloom.rank`, or a smaller base."
+)
+
 
 class NotFinite(TuneloomError):
     """The loss is no number any more."""
@@ -35,8 +40,7 @@ def describe(error: BaseException, home: Path) -> JobError:
     if is_out_of_memory(error):
         return JobError(
             code="out_of_memory",
-            message="The run needs more memory than there is, even one row at a time. Use shorter rows (`tuneloom.max_length` "
-            "with `long_rows` `cut`), `tuneloom.quantization`, a lower `tuneloom.rank`, or a smaller base.",
+            message=f"The run needs more memory than there is, even with one row at a time. {_SMALLER}",
         )
     return JobError(code="internal_error", message=f"The run ended with {type(error).__name__}: {str(error)[:500]}")
 
@@ -45,8 +49,7 @@ def worker_lost(restarts: int) -> JobError:
     return JobError(
         code="worker_lost",
         message=f"The training process died {restarts} times and gave no reason; often the machine has run out of "
-        "memory. Use shorter rows (`tuneloom.max_length` with `long_rows` `cut`), `tuneloom.quantization`, or a smaller "
-        "base.",
+        f"memory. {_SMALLER}",
     )
 
 

@@ -28,6 +28,7 @@ MAX_WORKER_DEATHS = 2
 # SIGINT and waits longer.
 STOP_WAIT_S = {signal.SIGTERM: 2.5, signal.SIGINT: 25.0}
 STARTING = "starting"
+NOTICE_POLL_S = 1.0
 WORKER_ENVIRONMENT = {
     # OpenMP's threads spin while they wait for each other: by default for so long that work beside them on the same
     # cores makes a step ten times slower, and without any spin they sleep too often. Steps of SmolLM2-135M with two
@@ -85,6 +86,7 @@ class _Run:
         self._settings = settings
         self._config = {"home": str(settings.home), "job_id": job_id, "attempt": attempt}
         self._name = f"{job_id}-a{attempt}"
+        self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
 
     def start(self) -> None:
@@ -92,14 +94,16 @@ class _Run:
 
     def join(self, timeout_s: float) -> bool:
         """Whether the run is over."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        # Not by `Thread.join`: Python 3.11 takes a thread for ended when a signal's handler raises in there.
+        return self._is_over.wait(timeout_s)
 
     def _fit(self) -> None:
         try:
             fit(self._settings, self._name, self._config)
         except Exception as error:
             self.error = error
+        finally:
+            self._is_over.set()
 
 
 def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
@@ -107,13 +111,18 @@ def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
     # The print patch writes 1,200 lines of bytecode a run (ray 2.60); both are read where the run begins.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # How soon the worker is told that its node is about to be taken away.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+
+    # The trainer under `TorchTrainer`, which would import torch in this process and the controller, seconds each, and
+    # make a process group that one worker has no use for.
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     train = settings.train
     storage = settings.home / "runs" / "ray"
     resources = {"CPU": train.num_cpus, **({"GPU": train.num_gpus} if train.num_gpus else {})}
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         worker,
         train_loop_config=config,
         scaling_config=ScalingConfig(num_workers=1, use_gpu=train.num_gpus > 0, resources_per_worker=resources),
@@ -122,7 +131,8 @@ def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=MAX_WORKER_DEATHS),
+            # A node that is taken away says nothing against the run.
+            failure_config=FailureConfig(max_failures=MAX_WORKER_DEATHS, max_preemption_failures=-1),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
@@ -136,7 +146,25 @@ def worker(config: dict[str, Any]) -> str:
     """What runs in the worker process. It steps back so that requests served beside it keep their latency."""
     settings = load(config["home"])
     os.nice(max(0, settings.train.niceness - os.nice(0)))
-    return run_attempt(settings, config["job_id"], config["attempt"])
+    return run_attempt(settings, config["job_id"], config["attempt"], _notice())
+
+
+def _notice() -> threading.Event:
+    """It is set once Ray says that the worker's node is about to be taken away.
+
+    In a thread of its own: the call asks another process, which may be on a node that is gone.
+    """
+    import ray.train
+
+    notice = threading.Event()
+
+    def ask() -> None:
+        while ray.train.get_preemption_info() is None:
+            time.sleep(NOTICE_POLL_S)
+        notice.set()
+
+    threading.Thread(target=ask, name="notice", daemon=True).start()
+    return notice
 
 
 def _listen() -> None:
