@@ -21,7 +21,7 @@ from tuneloom.store import Store
 from tuneloom.store.artifacts import ADAPTER_FILES, Manifest, write_manifest
 from tuneloom.store.base import StoreConflict
 
-ROOM = Room(free_cpus=8, free_gpus=0, cores=2, node_cores=2, free_memory_bytes=8 << 30, memory_bytes=16 << 30)
+ROOM = Room(free_cpus=8, free_gpus=0, cores=2, node_cores=2, free_memory_bytes=8 << 30)
 RESOLVED = Hyperparameters(n_epochs=3, batch_size=2, learning_rate_multiplier=1.5)
 
 

@@ -203,7 +203,7 @@ class Cluster:
 
     def free(self) -> Room:
         held = sum(each.estimate.memory_bytes for each, _ in self.running.values())
-        return Room(**{**vars(self.room), "free_memory_bytes": self.room.memory_bytes - held})
+        return Room(**{**vars(self.room), "free_memory_bytes": self.room.free_memory_bytes - held})
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
@@ -226,7 +226,7 @@ class Cluster:
         assert max(Counter(each.owner for each in running).values(), default=0) <= self.train.max_running_per_owner
         assert len(running) <= (self.train.max_running or self.room.cores // self.train.threads)
         if len(running) > 1:
-            assert sum(each.estimate.memory_bytes for each in running) <= self.room.memory_bytes
+            assert sum(each.estimate.memory_bytes for each in running) <= self.room.free_memory_bytes
         assert running or not self.waiting, "a free cluster leaves nobody waiting"
 
 
@@ -242,7 +242,7 @@ def vars_of(load: Load) -> tuple[dict, dict]:
 )
 def test_limits_hold_and_every_job_runs_whatever_comes(data, max_running, per_owner):
     train = TrainSettings(max_running=max_running, max_running_per_owner=per_owner, threads=1)
-    room = Room(free_cpus=99, free_gpus=0, cores=4, node_cores=4, memory_bytes=10 << 30)
+    room = Room(free_cpus=99, free_gpus=0, cores=4, node_cores=4, free_memory_bytes=10 << 30)
     cluster = Cluster(train, room)
     for _ in range(data.draw(st.integers(1, 25))):
         for _ in range(data.draw(st.integers(0, 3))):
@@ -263,7 +263,7 @@ def test_limits_hold_and_every_job_runs_whatever_comes(data, max_running, per_ow
 )
 def test_nobody_starves_behind_owners_who_never_stop(flood_s, newcomers, used_s, memory_gib):
     """Others always have jobs waiting, old owners or ever new ones; ada's one big job still has its turn in time."""
-    cluster = Cluster(TrainSettings(max_running=1), Room(9, 0, 4, 4, memory_bytes=10 << 30))
+    cluster = Cluster(TrainSettings(max_running=1), Room(9, 0, 4, 4, free_memory_bytes=10 << 30))
     cluster.add("ada", used_s, 0)
     cluster.tick(1)
     cluster.tick(used_s)
@@ -281,7 +281,7 @@ def test_nobody_starves_behind_owners_who_never_stop(flood_s, newcomers, used_s,
 
 @pytest.mark.parametrize("count", [200])
 def test_of_two_owners_a_late_one_waits_for_one_job_and_not_for_all_of_the_other(count):
-    cluster = Cluster(TrainSettings(max_running=1), Room(9, 0, 4, 4, memory_bytes=1 << 30))
+    cluster = Cluster(TrainSettings(max_running=1), Room(9, 0, 4, 4, free_memory_bytes=1 << 30))
     for _ in range(count):
         cluster.add("ada", 60, 0)
     cluster.tick(1)

@@ -52,7 +52,7 @@ class Note(BaseModel):
 class Planned(BaseModel):
     """What the run will do if it is let in: tokens over all epochs, those of all evaluations, and its most memory.
 
-    `base_bytes` is the size of the base's weights as stored.
+    `base_bytes` is the size of the base's weights as stored, `refusal` why the run fits no machine that it may have.
     """
 
     settings: tuple[Setting, ...] = ()
@@ -62,6 +62,7 @@ class Planned(BaseModel):
     memory_bytes: int = 0
     memory_parts: dict[str, int] = {}
     base_bytes: int = 0
+    refusal: str | None = None
 
 
 class CheckReport(BaseModel):

@@ -12,11 +12,11 @@ from typing import Any
 
 from tuneloom.config import TrainSettings
 from tuneloom.control.check import Planned
-from tuneloom.control.launcher import Launcher, LauncherUnavailable
 from tuneloom.domain import Estimate, Job, JobError, JobSpec, Progress, Setting, Speed, Usage
 from tuneloom.store.base import Write
 from tuneloom.store.records import Records
 
+DOES_NOT_FIT = "does_not_fit"
 MAX_SPEEDS = 20
 SCORED_SHARE = 1 / 3
 # Steps from half to twice the tokens count as alike: small ones cost more per token.
@@ -44,9 +44,8 @@ GPU = Prior(30.0, 1.3e-13, 4.0)
 class Estimator:
     """Estimates jobs by the speeds that are kept, and keeps those of the jobs that succeed."""
 
-    def __init__(self, records: Records, launcher: Launcher, settings: TrainSettings) -> None:
+    def __init__(self, records: Records, settings: TrainSettings) -> None:
         self._records = records
-        self._launcher = launcher
         self._settings = settings
 
     def estimate(self, spec: JobSpec, planned: Planned) -> Estimate:
@@ -55,7 +54,7 @@ class Estimator:
 
     def refusal(self, planned: Planned) -> JobError | None:
         """Why a run cannot be let in: more memory than a job may ever have."""
-        return refusal(planned, self._memory_limit())
+        return JobError(code=DOES_NOT_FIT, message=planned.refusal) if planned.refusal else None
 
     def describe(self, found: Estimate) -> str:
         return describe_estimate(found, self._settings)
@@ -79,15 +78,6 @@ class Estimator:
             "estimate": job.estimate.model_dump(mode="json") if job.estimate else None,
             "estimate_error": error_of(job.estimate, job.usage),
         }
-
-    def _memory_limit(self) -> int | None:
-        if self._settings.memory_bytes is not None or self._settings.num_gpus:
-            return self._settings.memory_bytes
-        try:
-            return self._launcher.room().memory_bytes
-        except LauncherUnavailable:
-            # Whatever does not fit is refused by the trainer as well.
-            return None
 
 
 def estimate(planned: Planned, speeds: Sequence[Speed], settings: TrainSettings) -> Estimate:
@@ -130,19 +120,6 @@ def kind_of(spec: JobSpec, plan: Sequence[Setting], settings: TrainSettings) -> 
     device = f"gpu x{settings.num_gpus:g}" if settings.num_gpus else f"cpu, {settings.threads or 'all'} threads"
     named = (spec.base, spec.method, formats.get("precision", "auto"), formats.get("quantization", "none"), device)
     return " | ".join(map(str, named))
-
-
-def refusal(planned: Planned, limit_bytes: int | None) -> JobError | None:
-    """Why a run cannot be let in, if its memory is more than there is."""
-    if limit_bytes is None or planned.memory_bytes <= limit_bytes:
-        return None
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in planned.memory_parts.items())
-    return JobError(
-        code="does_not_fit",
-        message=f"The job needs {_size(planned.memory_bytes)} of memory{f' ({parts})' if parts else ''}; it may have "
-        f"{_size(limit_bytes)}. Use a smaller `batch_size` or `tuneloom.max_length`, `tuneloom.quantization` `nf4`, or "
-        "a smaller base.",
-    )
 
 
 def usage_of(progress: Progress, settings: TrainSettings) -> Usage | None:

@@ -51,7 +51,6 @@ class Room:
     cores: int
     node_cores: int
     free_memory_bytes: int | None = None
-    memory_bytes: int | None = None
 
 
 class Launcher(Protocol):
@@ -199,24 +198,24 @@ def ray_room() -> Room:
     if len(nodes) > 1:
         return Room(**gives, cores=sum(nodes), node_cores=max(nodes))
     # A local cluster claims more CPUs than its machine has, so that nothing waits for bookkeeping.
-    cores, memory = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _memory()
-    return Room(**gives, cores=cores, node_cores=cores, free_memory_bytes=memory[0], memory_bytes=memory[1])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Room(**gives, cores=cores, node_cores=cores, free_memory_bytes=_free_memory())
 
 
-def _memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int | None]:
-    """Free and whole memory of this machine, or of the control group that holds it; None where nobody tells."""
+def _free_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Free memory of this machine, or of the control group that holds it; None where nobody tells."""
     try:
         lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines() if ":" in line)
-        free, whole = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return None, None
+        return None
     try:
         limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        return free, whole
+        return free
     # Pages of files count as used, and go as soon as somebody needs them.
-    return min(free, max(0, limit - used + int(stat.get("inactive_file", 0)))), min(whole, limit)
+    return min(free, max(0, limit - used + int(stat.get("inactive_file", 0))))
 
 
 def _labels(job: Job) -> dict[str, str]:

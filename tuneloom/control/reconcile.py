@@ -55,7 +55,7 @@ class Reconciler:
         self._clock = clock
         self._observe_every_s = observe_every_s
         self._writer = JobWriter(store.records, clock)
-        self._estimator = Estimator(store.records, launcher, settings)
+        self._estimator = Estimator(store.records, settings)
         self._admission = Admission(checker, self._estimator, self._writer, clock)
         self._registrar = Registrar(store, self._estimator, self._writer, clock)
         self._queue = Queue(store.records, launcher, settings, self._writer, clock)
