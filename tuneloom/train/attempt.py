@@ -24,6 +24,7 @@ from tuneloom.train.failure import describe, is_out_of_memory
 from tuneloom.train.fidelity import check_rendering, check_scores, sentence
 from tuneloom.train.inputs import Inputs, read_inputs
 from tuneloom.train.libraries import Libraries, import_libraries, release_memory
+from tuneloom.train.lineage import Witness
 from tuneloom.train.meter import Meter
 from tuneloom.train.micro import smaller, with_micro_size
 from tuneloom.train.plan import Plan, make_plan, settings_text
@@ -189,7 +190,11 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learne
     """From the base to the adapter in a folder. What took memory is left to be released."""
     lora, models, train = libraries.lora, libraries.models, run.settings.train
     model = models.add_lora(models.load_base(run.base, plan, use_gpu=train.num_gpus > 0), plan)
-    publisher = Publisher(run.store, run.voice, run.job, run.base, checkpoints_kept=train.checkpoints_kept)
+    is_dpo = plan.method == "dpo"
+    lengths = libraries.dpo.pair_lengths(inputs.training) if is_dpo else inputs.training.lengths
+    batches = lora.Batches(lengths, plan.batch_size, plan.micro_size, plan.seed)
+    witness = Witness(run.settings, run.store, run.job, run.base, plan, batches)
+    publisher = Publisher(run.store, run.voice, run.job, run.base, witness, checkpoints_kept=train.checkpoints_kept)
     places = libraries.steps.Places(run.checkpoints, BestAdapter(run.folder / "best"), publisher, run.deaths)
     steps = libraries.steps.Steps(
         plan,
@@ -200,19 +205,24 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learne
         interval_s=plan.checkpoint_every_s or train.checkpoint_interval_s,
         validation=inputs.validation,
     )
-    trainer = lora.LoraTrainer(
+    wandb = libraries.integrations.wandb_callbacks(run.job, plan, run.voice, run.folder, lambda: steps.metrics)
+    trainer = (libraries.dpo.PreferenceTrainer if is_dpo else lora.LoraTrainer)(
         model,
         plan,
         inputs.training,
-        lora.Batches(inputs.training.lengths, plan.batch_size, plan.micro_size, plan.seed),
+        batches,
         tokenizer=models.load_tokenizer(run.base),
         base_id=run.base.id,
         folder=run.folder / "trainer",
         use_gpu=train.num_gpus > 0,
-        callbacks=[steps],
+        callbacks=[steps, *wandb],
         on_save=steps.save,
     )
+    plan = witness.plan = trainer.plan
     steps.follow(trainer)
+    if is_dpo:
+        run.voice.say(stage="computing the reference")
+        trainer.prepare(inputs.validation, lambda: run.pulse.intent() == "run")
     if (wanted := _early_end(run.pulse)) is not None:
         return wanted
     state = run.checkpoints.latest()
