@@ -72,6 +72,7 @@ class FakeTrainer:
         self.at_step = self._resume_point()
         self.progress = store.records.progress.get(job_id)
         self.has_begun = False
+        self.began_at, self.seconds_before = clock(), self.progress.value.seconds
         if self.progress.value.attempt != attempt:
             self.state = "failed"
 
@@ -160,13 +161,17 @@ class FakeTrainer:
 
     def _write(self, *writes: object, **changes: object) -> None:
         progress = self.store.records.progress
-        value = self.progress.value.model_copy(update={"heartbeat_at": self.clock(), **changes})
+        value = self.progress.value.model_copy(update={**self._measured(), **changes})
         try:
             revs = self.store.records.commit(progress.replace(self.progress, value), *writes)
         except StoreConflict:
             self.state = "failed"
             return
         self.progress = type(self.progress)(value, revs[("progress", self.job_id)])
+
+    def _measured(self) -> dict[str, object]:
+        now = self.clock()
+        return {"heartbeat_at": now, "seconds": self.seconds_before + now - self.began_at, "memory_bytes": 1 << 30}
 
     def _resume_point(self) -> int:
         found = self.store.records.checkpoints.query({"job_id": self.job_id}, order_by="step", descending=True, limit=1)

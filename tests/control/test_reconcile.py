@@ -6,9 +6,9 @@ from tests.control.conftest import BASE, add_job
 from tests.control.fakes import RESOLVED, FakeChecker, FakeClock, FakeLauncher
 from tuneloom.config import TrainSettings
 from tuneloom.control import jobs
-from tuneloom.control.check import CheckReport, Problem
+from tuneloom.control.check import CheckReport, Planned, Problem
 from tuneloom.control.reconcile import FORCE_S, GRACE_S, Reconciler
-from tuneloom.domain import Job, JobError, Progress, model_id
+from tuneloom.domain import Job, JobError, Progress, Setting, model_id
 from tuneloom.store import Store
 
 SETTINGS = TrainSettings(max_losses=2, heartbeat_timeout_s=60, start_timeout_s=100)
@@ -80,6 +80,7 @@ def test_a_job_goes_from_its_files_to_a_version_that_is_active(world):
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
         f"New fine-tuned model created: {done.fine_tuned_model}",
+        "Took 40 tokens in 4 steps, 6 s, 1.1 GB",
         "The job has successfully completed",
     ]
 
@@ -363,3 +364,105 @@ def test_events_survive_as_plain_json(world):
     for stored in world.store.records.events.query({"job_id": job.id}):
         json.dumps(stored.value.data)
     assert world.job(job.id).spec.base == BASE
+
+
+PLANNED = Planned(
+    settings=(Setting(name="precision", value="bf16", reason="the machine has it"),),
+    tokens=40,
+    steps=4,
+    memory_bytes=1 << 30,
+    base_bytes=270 << 20,
+)
+
+
+def test_a_job_is_estimated_when_it_is_let_in_and_measured_against_it_at_its_end(world):
+    world.checker.report = CheckReport(ok=True, planned=PLANNED)
+    job = add_job(world.store, at=world.clock())
+    world.tick(2)
+    let_in = world.job(job.id)
+    assert (let_in.estimate.tokens, let_in.estimate.steps, let_in.settings) == (40, 4, PLANNED.settings)
+    assert [m for m in world.messages(job.id) if m.startswith("Estimate: 40 tokens in 4 steps")]
+    world.train(9)
+    done = world.job(job.id)
+    assert (done.usage.tokens, done.usage.steps, done.usage.memory_bytes) == (40, 4, 1 << 30)
+    assert done.usage.seconds > 0
+    (last,) = world.store.records.events.query({"job_id": job.id}, descending=True, limit=1)
+    assert last.value.message == "The job has successfully completed"
+    assert last.value.data["usage"]["seconds"] == done.usage.seconds
+    assert last.value.data["estimate_error"] == done.usage.seconds / done.estimate.seconds - 1
+
+
+def test_the_second_job_of_a_kind_takes_what_was_estimated(world):
+    world.checker.report = CheckReport(ok=True, planned=PLANNED)
+    for _ in range(2):
+        job = add_job(world.store, at=world.clock())
+        world.tick(3)
+        world.train(9)
+    second = world.job(job.id)
+    assert second.estimate.based_on.startswith("1 job like it")
+    assert second.usage.seconds == pytest.approx(second.estimate.seconds, rel=0.25)
+    assert second.estimate.seconds_low < second.usage.seconds < second.estimate.seconds_high
+
+
+def test_a_job_that_fits_nowhere_fails_before_it_runs(world):
+    refused = PLANNED.model_copy(update={"refusal": "base 30 GB + adapter 1 GB = 31 GB, and there are 16 GB"})
+    world.checker.report = CheckReport(ok=True, planned=refused)
+    job = add_job(world.store)
+    world.tick(4)
+    failed = world.job(job.id)
+    assert (failed.state, failed.error.code, failed.attempt) == ("failed", "does_not_fit", 0)
+    assert "= 31 GB" in failed.error.message
+
+
+def test_a_cancelled_job_keeps_what_it_has_taken(world):
+    job = world.running()
+    world.train(1)
+    world.intend(job.id, jobs.Cancelled(world.clock()))
+    world.train(2)
+    cancelled = world.job(job.id)
+    assert cancelled.usage.steps == cancelled.usage.tokens / 10 > 0 and cancelled.usage.seconds > 0
+    assert world.store.records.speeds.query() == []
+
+
+def waits(world, id: str) -> list[str]:
+    return [message for message in world.messages(id) if message.startswith("Waiting")]
+
+
+def test_a_job_is_told_once_what_it_waits_for_and_again_when_that_changes(world):
+    first, second = (add_job(world.store, at=world.clock() + i) for i in range(2))
+    world.tick(10)
+    world.restart()
+    world.tick(10)
+    reason = "a free place: 1 job of yours runs, the limit is 1"
+    assert world.job(second.id).waiting_for == reason
+    assert waits(world, second.id) == [f"Waiting for {reason}"]
+    other = add_job(world.store, owner="bob", at=world.clock())
+    world.tick(5)
+    assert waits(world, other.id) == ["Waiting for free cores: it needs 2, 1 job runs"]
+    world.intend(first.id, jobs.Cancelled(world.clock()))
+    world.train(3)
+    # Ada has just been served: Bob comes first, though Ada's job is older.
+    assert (world.job(other.id).attempt, world.job(other.id).waiting_for) == (1, None)
+    assert waits(world, second.id)[1:] == ["Waiting for free cores: it needs 2, 1 job runs"]
+
+
+def test_jobs_of_two_owners_run_side_by_side_where_there_are_cores_for_both(store):
+    world = World(store, SETTINGS.model_copy(update={"threads": 1}))
+    ids = [add_job(world.store, owner=owner, suffix=None).id for owner in ("ada", "bob", "eve")]
+    world.tick(4)
+    assert sorted(world.job(id).attempt for id in ids) == [0, 1, 1]
+    world.train(9)
+    world.tick(2)
+    assert [world.job(id).attempt for id in ids] == [1, 1, 1]
+
+
+def test_with_a_cluster_that_does_not_answer_nobody_is_started_beside_others(store):
+    world = World(store, SETTINGS.model_copy(update={"threads": 1}))
+    world.running(owner="bob")
+    world.launcher.down = True
+    job = add_job(world.store, at=world.clock())
+    world.tick(5)
+    assert (world.job(job.id).attempt, world.job(job.id).waiting_for) == (0, None)
+    world.launcher.down = False
+    world.tick()
+    assert world.job(job.id).attempt == 1
