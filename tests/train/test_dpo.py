@@ -187,10 +187,10 @@ def test_each_step_has_trls_loss_and_rewards(base: Base, tmp_path: Path, options
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_preferences_are_learned_on_a_quantised_base(base: Base, tmp_path: Path, quantization: str):
+@pytest.mark.parametrize("options", [{"quantization": "nf4"}, {"quantization": "int8"}, {"precision": "bf16"}], ids=str)
+def test_preferences_are_learned_in_fewer_bits(base: Base, tmp_path: Path, options: dict[str, Any]):
     pairs = random_pairs(12)
-    plan = plan_for(base, pairs, quantization=quantization)
+    plan = plan_for(base, pairs, **options)
     trainer, losses = ours(base, plan, pairs, tmp_path / "run")
     trainer.prepare(pairs, lambda: True)
     before = trainer.score(pairs, plan.micro_size)
@@ -198,7 +198,7 @@ def test_preferences_are_learned_on_a_quantised_base(base: Base, tmp_path: Path,
     after = trainer.score(pairs, plan.micro_size)
 
     # A product in int8 depends on the rows beside: outliers are looked for in all of them.
-    near = 5e-2 if quantization == "int8" else 1e-2
+    near = 5e-2 if plan.quantization == "int8" else 1e-2
     assert losses.logs[0]["loss"] == pytest.approx(np.log(2), abs=near)
     assert before.loss == pytest.approx(np.log(2), abs=near) and after.loss < 0.6 * before.loss
     assert after.more["valid_reward_accuracy"] > 0.9 and after.more["valid_reward_margin"] > 0.5

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from tuneloom.domain import Event, File, Job
 from tuneloom.store import Store
@@ -16,6 +16,13 @@ COLUMNS = {
     "valid_loss": "valid_loss",
     "valid_mean_token_accuracy": "valid_mean_token_accuracy",
 }
+# What the method `dpo` has besides, under the names of its events.
+REWARD_COLUMNS = (
+    "train_reward_margin",
+    "train_reward_accuracy",
+    "valid_reward_margin",
+    "valid_reward_accuracy",
+)
 PAGE = 1000
 
 
@@ -24,7 +31,8 @@ def write_results(store: Store, job: Job, at: float) -> File:
 
     The key holds the hash of the bytes, so that a later try with more events does not meet its own earlier blob.
     """
-    data = to_csv(event for event in metric_events(store.records, job))
+    columns = COLUMNS | {name: name for name in REWARD_COLUMNS if job.spec.method == "dpo"}
+    data = to_csv(metric_events(store.records, job), columns)
     sha256 = hashlib.sha256(data).hexdigest()
     blob = f"jobs/{job.id}/results/{sha256}.csv"
     store.blobs.write(blob, data, sha256=sha256)
@@ -40,8 +48,11 @@ def write_results(store: Store, job: Job, at: float) -> File:
     )
 
 
-def to_csv(events: Iterable[Event]) -> bytes:
-    """One row a step, in order; a step that was reported twice, by a resumed run, keeps its last values."""
+def to_csv(events: Iterable[Event], columns: Mapping[str, str]) -> bytes:
+    """One row a step, in order, with `columns` by their keys in the events' data.
+
+    A step that was reported twice, by a resumed run, keeps its last values.
+    """
     rows: dict[int, dict[str, object]] = {}
     for event in events:
         data = event.data or {}
@@ -50,9 +61,9 @@ def to_csv(events: Iterable[Event]) -> bytes:
             rows.setdefault(step, {}).update({key: value for key, value in data.items() if value is not None})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(columns)
     for step in sorted(rows):
-        writer.writerow([rows[step].get(source, "") for source in COLUMNS.values()])
+        writer.writerow([rows[step].get(source, "") for source in columns.values()])
     return text.getvalue().encode()
 
 
