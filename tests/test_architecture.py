@@ -40,7 +40,7 @@ ALSO = {
 }
 # Parts that may not be imported although they lie below, but for the modules named.
 ONLY_BY = {
-    ("train", "engine"): {"tuneloom.train.render", "tuneloom.train.fidelity"},
+    ("train", "engine"): {"tuneloom.train.render", "tuneloom.train.fidelity", "tuneloom.train.memory"},
     ("control", "engine"): set(),
     ("control", "train"): set(),
     ("train", "control"): set(),

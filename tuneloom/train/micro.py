@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from tuneloom.domain import Setting
-from tuneloom.train.plan import Plan
+from tuneloom.train.plan import Plan, tell
 
 
 def smaller(plan: Plan) -> int | None:
@@ -17,6 +16,4 @@ def with_micro_size(plan: Plan, size: int, reason: str) -> Plan:
     """`plan` with `size` rows a pass, and `reason` told with its settings."""
     if size == plan.micro_size:
         return plan
-    passes = Setting(name="accumulation_steps", value=plan.batch_size // size, reason=reason)
-    settings = tuple(passes if setting.name == passes.name else setting for setting in plan.settings)
-    return replace(plan, micro_size=size, settings=settings)
+    return replace(tell(plan, "accumulation_steps", plan.batch_size // size, reason), micro_size=size)
