@@ -5,7 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.control.conftest import assert_error
+from tuneloom.control.files import put_bytes
 from tuneloom.control.sweep import sweep
+from tuneloom.domain import File
+from tuneloom.errors import InvalidFile
 
 
 def test_a_file_comes_back_as_it_went_in(api):
@@ -123,6 +126,23 @@ def test_wrong_rows_are_refused_at_the_upload_and_nothing_is_kept(api):
 def test_rows_that_are_too_large_as_json_lines_are_refused(api):
     data = b"instruction,output\n" + b"a,b\n" * 100_000
     assert_error(send_rows(api, "rows.csv", data), 413, "file", "As JSON Lines the file is larger than 3,145,728 bytes")
+    assert api.store.blobs.list("files") == []
+
+
+def test_rows_that_take_too_long_to_read_are_refused(api):
+    file = File(
+        id="file-1",
+        owner="ada",
+        filename="rows.csv",
+        purpose="fine-tune",
+        size_bytes=0,
+        sha256="",
+        blob="files/file-1",
+        created_at=0,
+    )
+    with pytest.raises(InvalidFile, match="longer than 0 s") as caught:
+        put_bytes(api.store, file, [b"text\n", b"a\n"], max_bytes=1000, timeout_s=0)
+    assert caught.value.code == "invalid_file"
     assert api.store.blobs.list("files") == []
 
 

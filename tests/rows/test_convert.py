@@ -96,9 +96,10 @@ def test_a_cell_may_be_wide_and_a_row_has_the_limit_of_a_line() -> None:
         ("text,id\na,1\n", "Unknown column beside `text`: `id`. Remove it."),
         ("input,output,instruction,x\n", "Unknown column beside `instruction,output,[input]`: `x`"),
         ("text,text\n", "the column `text` twice"),
+        pytest.param(",".join(map(str, range(99_999))) + ",7\n", "the column `7` twice", id="many columns"),
         (f"[{ROW}]", "The file is JSON, not CSV"),
-        (PAIR + "a,b\nc\n", "Row 2 (line 3): There are 1 cells, and the header has 2 columns."),
-        (PAIR + '"a\n\nb",c\n\nd,e,f\n', "Row 2 (line 6): There are 3 cells"),
+        (PAIR + "a,b\nc\n", "Row 2 (line 3): Cells: 1. Columns of the header: 2."),
+        (PAIR + '"a\n\nb",c\n\nd,e,f\n', "Row 2 (line 6): Cells: 3. Columns"),
         (PAIR + "a,b\nc,\n", "Row 2 (line 3): `completion` is empty."),
         (PAIR + 'a,b\nc,"d\ne,f\n', "Row 2 (line 3): A quote is opened and never closed."),
         (PAIR + 'a,"b"c\n', "Row 1 (line 2): A quoted cell goes on after its closing quote"),
@@ -111,7 +112,7 @@ def test_a_cell_may_be_wide_and_a_row_has_the_limit_of_a_line() -> None:
         ("messages\n[1\n", "Row 1 (line 2): `messages`: Not JSON: Expecting ',' delimiter at column 3."),
         ('messages\n"[1], ""x"": 2"\n', "Row 1 (line 2): `messages`: Not JSON: Extra data"),
         ("messages\n[]\n", "Row 1 (line 2): `messages` is empty."),
-        ("messages\n,\n", "Row 1 (line 2): There are 2 cells"),
+        ("messages\n,\n", "Row 1 (line 2): Cells: 2. Columns of the header: 1."),
     ],
 )
 def test_a_wrong_csv_file_is_refused_by_row_line_and_column(data: bytes | str, reason: str) -> None:

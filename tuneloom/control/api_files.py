@@ -59,6 +59,7 @@ class FilesApi:
         self._store = context.store
         self._records = context.store.records
         self._limits = context.settings.gateway
+        self._timeout_s = context.settings.control.check_timeout_s
 
     def routes(self) -> list[Route]:
         return [
@@ -102,7 +103,9 @@ class FilesApi:
             expires_at=files.expiry(purpose, life_s, now),
         )
         asked = identify(request, owner, digest(filename, purpose, sha256, str(life_s)))
-        file = files.put_bytes(self._store, file, part.chunks(), self._limits.max_file_bytes)
+        file = files.put_bytes(
+            self._store, file, part.chunks(), max_bytes=self._limits.max_file_bytes, timeout_s=self._timeout_s
+        )
         with self._dropped_if_refused(file.blob):
             kept = repeat.create_once(
                 self._records,
@@ -256,8 +259,15 @@ class FilesApi:
             return self._show_upload(known)
         stored = files.get_pending(self._records, owner, id)
         parts = files.parts_in_order(self._records, stored.value, body.part_ids)
-        limit = self._limits.max_upload_bytes
-        file = files.join_parts(self._store, stored.value, parts, body.md5, new_id("file-"), limit)
+        file = files.join_parts(
+            self._store,
+            stored.value,
+            parts,
+            body.md5,
+            new_id("file-"),
+            max_bytes=self._limits.max_upload_bytes,
+            timeout_s=self._timeout_s,
+        )
         done = stored.value.model_copy(update={"status": "completed", "file_id": file.id})
         try:
             self._records.commit(self._records.uploads.replace(stored, done), self._records.files.create(file))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from tuneloom.control.jobs import UNFINISHED
 from tuneloom.domain import File, Job, Upload, UploadPart
-from tuneloom.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from tuneloom.errors import Conflict, InvalidFile, InvalidRequest, NotFound, TooLarge
 from tuneloom.rows import to_json_lines
 from tuneloom.store import Store
 from tuneloom.store.base import Write
@@ -70,15 +70,15 @@ def rows_kind(file: File) -> Literal["csv", "json"] | None:
     return "csv" if name.endswith(".csv") else "json" if name.endswith(".json") else None
 
 
-def put_bytes(store: Store, file: File, chunks: Iterable[bytes], max_bytes: int) -> File:
+def put_bytes(store: Store, file: File, chunks: Iterable[bytes], *, max_bytes: int, timeout_s: float) -> File:
     """Store the bytes of a new file, training rows as JSON Lines; returns its record with their size and hash.
 
     Raises:
-        InvalidFile: it is a CSV or JSON file with rows that are wrong.
+        InvalidFile: it is a CSV or JSON file with rows that are wrong, or so many that they take longer.
         TooLarge: as JSON Lines it has more than `max_bytes`.
     """
     kind = rows_kind(file)
-    lines = chunks if kind is None else to_json_lines(chunks, kind)
+    lines = chunks if kind is None else to_json_lines(_within(chunks, timeout_s), kind)
     size_bytes = 0
 
     def counted() -> Iterator[bytes]:
@@ -91,6 +91,16 @@ def put_bytes(store: Store, file: File, chunks: Iterable[bytes], max_bytes: int)
 
     sha256 = store.blobs.write(file.blob, counted())
     return file.model_copy(update={"size_bytes": size_bytes, "sha256": sha256})
+
+
+def _within(chunks: Iterable[bytes], timeout_s: float) -> Iterator[bytes]:
+    # A file of nothing but line ends has half a billion rows to look at.
+    deadline = time.monotonic() + timeout_s
+    for chunk in chunks:
+        if time.monotonic() >= deadline:
+            message = f"Reading its rows takes longer than {timeout_s:.0f} s. Split the file, or send JSON Lines."
+            raise InvalidFile(message, param="file", code="invalid_file")
+        yield chunk
 
 
 def clean_filename(name: str) -> str:
@@ -188,7 +198,14 @@ def parts_in_order(records: Records, upload: Upload, ids: Iterable[str]) -> list
 
 
 def join_parts(
-    store: Store, upload: Upload, parts: list[UploadPart], md5: str | None, file_id: str, max_bytes: int
+    store: Store,
+    upload: Upload,
+    parts: list[UploadPart],
+    md5: str | None,
+    file_id: str,
+    *,
+    max_bytes: int,
+    timeout_s: float,
 ) -> File:
     """Store the parts as one blob, as `put_bytes` does, and return the file's record, not stored yet."""
     digest = hashlib.md5(usedforsecurity=False)
@@ -212,7 +229,7 @@ def join_parts(
         created_at=now,
         expires_at=expiry(upload.purpose, upload.file_expires_after_s, now),
     )
-    file = put_bytes(store, file, chunks(), max_bytes)
+    file = put_bytes(store, file, chunks(), max_bytes=max_bytes, timeout_s=timeout_s)
     if md5 is not None and digest.hexdigest() != md5.strip().lower():
         store.blobs.delete(file.blob)
         raise InvalidRequest("The bytes do not have the `md5` that was given. Upload them again.", param="md5")

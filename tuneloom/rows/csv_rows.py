@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any, BinaryIO
 
-from tuneloom.rows.fields import Wrong, quoted
+from tuneloom.rows.fields import Wrong, first_repeated, quoted
 from tuneloom.rows.parse import BOM, check_encoding, parse_value
 
 
@@ -78,7 +78,7 @@ class CsvRows:
     def encode(self, cells: list[str]) -> tuple[bytes, dict[str, Any]]:
         """The row as JSON and as what that holds. Raises Wrong if these cells are no row."""
         if len(cells) != len(self._columns):
-            raise Wrong(f"There are {len(cells)} cells, and the header has {len(self._columns)} columns.")
+            raise Wrong(f"Cells: {len(cells):,}. Columns of the header: {len(self._columns)}.")
         members, data = [], {}
         for column, cell in zip(self._columns, cells, strict=True):
             if column.is_json:
@@ -144,8 +144,7 @@ class _Lines:
 
 def _table_of(columns: list[str]) -> _Table:
     """Raises Wrong if the columns are those of no format."""
-    twice = next((name for name in columns if columns.count(name) > 1), None)
-    if twice is not None:
+    if (twice := first_repeated(columns)) is not None:
         raise Wrong(f"The header names the column {quoted(twice)} twice.")
     for table in _TABLES:
         if {*table.required} <= {*columns} <= {*table.required, *table.optional}:

@@ -1,6 +1,7 @@
 """Reading fields of a JSON object, each with a message that names what is wrong. No formats."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -18,6 +19,15 @@ def only(data: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
 def optional(data: dict[str, Any], key: str, kind: type, name: str, where: str | None = None) -> None:
     if data.get(key) is not None and not isinstance(data[key], kind):
         raise Wrong(f"{f'{where}: ' if where else ''}`{key}` is {kind_of(data[key])}, not {name}.")
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def string(data: dict[str, Any], key: str, *, may_be_empty: bool = True) -> str:

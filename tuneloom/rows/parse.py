@@ -5,7 +5,7 @@ from typing import Any
 
 import jiter
 
-from tuneloom.rows.fields import Wrong, kind_of, quoted
+from tuneloom.rows.fields import Wrong, first_repeated, kind_of, quoted
 
 BOM = b"\xef\xbb\xbf"
 
@@ -63,7 +63,5 @@ def _refuse_constant(name: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {quoted(twice)} appears twice in one object")
+        raise ValueError(f"the key {quoted(first_repeated(name for name, _ in pairs))} appears twice in one object")
     return data
