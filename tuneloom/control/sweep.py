@@ -15,12 +15,14 @@ BATCH = 200
 UPLOAD_MEMORY_S = 24 * 3600.0
 # What a file check found is read at once, and made anew if asked for later.
 FILE_CHECK_MEMORY_S = 600.0
+# How long after a job's end its states are looked for; the trainer removes them itself where it has the last word.
+STATES_SWEEP_S = 24 * 3600.0
 
 
 def sweep(store: Store, clock: Callable[[], float] = time.time) -> None:
     """One round; a few hundred records of each kind at most."""
     now = clock()
-    for step in (_sweep_files, _sweep_uploads, _sweep_repeats, _sweep_file_checks):
+    for step in (_sweep_files, _sweep_uploads, _sweep_repeats, _sweep_file_checks, _sweep_states):
         try:
             step(store, now)
         except StoreConflict:
@@ -65,3 +67,14 @@ def _sweep_file_checks(store: Store, now: float) -> None:
     writes: list[Write] = [store.records.file_checks.delete(s) for s in old if s.value.finished_at is not None]
     if writes:
         store.records.commit(*writes)
+
+
+def _sweep_states(store: Store, now: float) -> None:
+    """Remove what ended jobs had stored to go on from."""
+    bounds = Range(at_least=now - STATES_SWEEP_S)
+    ended = store.records.jobs.query(order_by="finished_at", descending=True, bounds=bounds, limit=BATCH)
+    for stored in ended:
+        # A process that is still alive may be writing there.
+        if stored.value.is_terminal and not stored.value.attempt_open:
+            for blob in store.blobs.list(f"jobs/{stored.value.id}/states"):
+                store.blobs.delete(blob.key)
