@@ -126,7 +126,9 @@ class Codec:
             for i in wanted:
                 before = self._render(plain[:i], tools, wants_answer=True) if i else None
                 if before is not None and text.startswith(before):
-                    answers.append((before, self._render(plain[: i + 1], tools, wants_answer=False)))
+                    is_last = i + 1 == len(plain)
+                    after = text if is_last else self._render(plain[: i + 1], tools, wants_answer=False)
+                    answers.append((before, after))
         except InvalidRequest as error:
             return error
         return _Draft(text, bool(wanted), answers)
