@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tuneloom.control.api_checks import ChecksApi
+from tuneloom.control.api_estimate import EstimateApi
 from tuneloom.control.api_files import FilesApi
 from tuneloom.control.api_jobs import JobsApi
 from tuneloom.control.api_keys import KeysApi
@@ -24,7 +25,15 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def routes(context: ApiContext) -> list[Route]:
-    apis = (FilesApi(context), ChecksApi(context), JobsApi(context), ModelsApi(context), KeysApi(context))
+    checks = ChecksApi(context)
+    apis = (
+        FilesApi(context),
+        checks,
+        EstimateApi(context, checks),
+        JobsApi(context),
+        ModelsApi(context),
+        KeysApi(context),
+    )
     return [
         Route(route.path, _stamped(route.endpoint), methods=sorted(route.methods or ()))
         for api in apis

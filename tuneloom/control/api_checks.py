@@ -50,21 +50,25 @@ class ChecksApi:
         """The report, or 202 while it is made; the same call again then finds it."""
         owner, id = caller(request, "training").owner, request.path_params["id"]
         raw = await read_json(request, self._context.settings.gateway.max_body_bytes)
+        found = await self.find(owner, await in_thread(self._spec, owner, id, raw))
+        if found.status == "running":
+            return JSONResponse(_show(found), status_code=202, headers={"Retry-After": str(RETRY_AFTER_S)})
+        return JSONResponse(_show(found))
+
+    async def find(self, owner: str, spec: JobSpec) -> FileCheck:
+        """The check of the files of `spec`, done before if it can be, else perhaps still running after a while."""
         until = time.monotonic() + self._wait_s
-        found = await in_thread(self._ask, owner, id, raw)
+        found = await in_thread(self._ask, owner, spec)
         if found.status == "running":
             self._context.poke()
         while found.status == "running" and time.monotonic() < until:
             await anyio.sleep(POLL_S)
             stored = await in_thread(self._records.file_checks.find, found.id)
             found = found if stored is None else stored.value
-        if found.status == "running":
-            return JSONResponse(_show(found), status_code=202, headers={"Retry-After": str(RETRY_AFTER_S)})
-        return JSONResponse(_show(found))
+        return found
 
-    def _ask(self, owner: str, id: str, raw: bytes) -> FileCheck:
+    def _ask(self, owner: str, spec: JobSpec) -> FileCheck:
         """The check that was asked for, under way or done."""
-        spec = self._spec(owner, id, parse(CheckFile, raw))
         now, table = time.time(), self._records.file_checks
         wanted = FileCheck(
             id=f"filecheck-{digest(owner, spec.model_dump_json())[:32]}", owner=owner, spec=spec, created_at=now
@@ -85,7 +89,8 @@ class ChecksApi:
             return table.get(wanted.id).value
         return wanted
 
-    def _spec(self, owner: str, id: str, body: CheckFile) -> JobSpec:
+    def _spec(self, owner: str, id: str, raw: bytes) -> JobSpec:
+        body = parse(CheckFile, raw)
         training = files.get_file(self._records, owner, id).value
         _check_purpose(training, "id")
         if body.validation_file is not None:
@@ -134,5 +139,5 @@ def _show(check: FileCheck) -> dict[str, Any]:
         "model": check.spec.base,
         "training_file": check.spec.training_file,
         "validation_file": check.spec.validation_file,
-        **(check.report or {}),
+        **{name: value for name, value in (check.report or {}).items() if name != "planned"},
     }

@@ -39,7 +39,7 @@ class FileChecks:
 
     def _finish(self, stored: Stored[FileCheck], report: CheckReport) -> None:
         self._checking.discard(stored.value.id)
-        found = report.model_dump(mode="json", exclude={"planned"})
+        found = report.model_dump(mode="json")
         done = stored.value.model_copy(update={"status": "completed", "finished_at": self._clock(), "report": found})
         try:
             self._records.commit(self._records.file_checks.replace(stored, done))

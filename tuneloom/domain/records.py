@@ -63,7 +63,7 @@ class UploadPart(Record):
 class FileCheck(Record):
     """A check of files without a job. Its id is made of the owner and of `spec`, whose files, base and options count.
 
-    `report` is what the check found, as the API shows it.
+    `report` is what the check found, and what a run on these files would do.
     """
 
     collection: ClassVar[str] = "file_checks"
