@@ -7,8 +7,9 @@ The last line of stdout is a JSON report. The exit code is 0 for good files and 
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from tuneloom.bases import get_base
@@ -28,8 +29,10 @@ from tuneloom.train.data import (
     save_tokens,
     tokens_name,
 )
+from tuneloom.train.planned import Lengths, Planned, plan_run
 from tuneloom.train.render import Renderer
 from tuneloom.train.report import NOTHING, FileReport, Note, Overlap, Tally, Totals, notes_of, notes_of_overlap
+from tuneloom.train.start import Start, fetch_start
 
 MAX_LISTED = 5
 NAMES = {"training_file": "Training file", "validation_file": "Validation file"}
@@ -62,6 +65,7 @@ class Report:
     files: tuple[tuple[str, FileReport], ...] = ()
     overlap: Overlap | None = None
     notes: tuple[Note, ...] = ()
+    planned: Planned | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -75,6 +79,7 @@ class Report:
             "files": {param: report.as_json() for param, report in self.files},
             "overlap": self.overlap.as_json() if self.overlap else None,
             "notes": [asdict(note) for note in self.notes],
+            "planned": self.planned.as_json() if self.planned else None,
         }
 
 
@@ -83,7 +88,7 @@ class Check:
 
     def __init__(self, settings: Settings, spec: JobSpec) -> None:
         """Raises ModelNotFound if there is no such base."""
-        self._min_rows = settings.train.min_rows
+        self._train = settings.train
         self._spec = spec
         self._base = get_base(settings.bases_dir, spec.base)
         self._renderer = Renderer.load(self._base.path, learn_all=spec.options.loss_on == "all")
@@ -95,7 +100,7 @@ class Check:
 
     def read(self, param: str, name: str, source: BinaryIO, *, keep: Path | None = None) -> None:
         """Take in one file; `param` is the field of the job that names it. Its tokens, if it is good, go to `keep`."""
-        scan = Scan(method=self._spec.method, min_rows=self._min_rows if param == "training_file" else 1)
+        scan = Scan(method=self._spec.method, min_rows=self._train.min_rows if param == "training_file" else 1)
         reader = reader_for(self._spec, self._base, scan, self._renderer)
         builder = builder_for(self._spec) if keep is not None else None
         tally = Tally()
@@ -132,6 +137,12 @@ class Check:
             overlap=overlap,
             notes=() if self._error else tuple(self._notes(held, overlap)),
         )
+
+    def plan(self, report: Report, start: Start | None) -> Planned:
+        """What the run of good files will do. Raises InvalidRequest if the settings do not go with them."""
+        training, _ = self._parts()
+        rows = Lengths(training.lengths)
+        return plan_run(self._train, self._spec, self._base, rows, report.training, report.validation, start)
 
     def _parts(self) -> tuple[Tally, Tally | None]:
         """The rows to train on and those to validate on."""
@@ -178,7 +189,11 @@ def check_files(settings: Settings, store: Store, owner: str, spec: JobSpec, fol
             file = stored.value
             with store.blobs.open(file.blob) as source:
                 check.read(param, file.filename, source, keep=check.keep_in(folder, file) if folder else None)
-        return check.report()
+        report = check.report()
+        if report.error is not None:
+            return report
+        with TemporaryDirectory() as cache:
+            return replace(report, planned=check.plan(report, fetch_start(store.blobs, spec, Path(cache))))
     except TuneloomError as error:
         return Report(error=JobError(code=error.code or "server_error", message=error.message, param=error.param))
 

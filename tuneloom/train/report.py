@@ -105,6 +105,11 @@ class Tally:
     def num_rows(self) -> int:
         return len(self._lines)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of each row, its longest sequence (num_rows,)."""
+        return _view(self._longest)
+
     def totals(self, rows: np.ndarray | None = None) -> Totals:
         """Of all rows, or of those that are True in `rows` (num_rows,)."""
         tokens, learned, longest = (_view(column) for column in (self._tokens, self._learned, self._longest))
