@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import BASE_ID, Lab, colour_rows
+from tuneloom.domain import TrainOptions
 from tuneloom.errors import TuneloomError
 from tuneloom.train import by_hand
 from tuneloom.train.__main__ import main
@@ -20,7 +21,7 @@ def arguments(data: Path, *more: str) -> list[str]:
 
 def test_good_data_becomes_a_job_that_control_adopts(lab: Lab, tmp_path: Path) -> None:
     asked = by_hand.parse(arguments(write(tmp_path / "rows.jsonl"), "--epochs", "2", "--owner", "ada"))
-    prepared = by_hand.prepare(lab.settings, asked)
+    prepared = by_hand.prepare(lab.settings, lab.store, asked)
     assert lab.store.records.jobs.query() == []
 
     job = by_hand.create(lab.store, prepared)
@@ -34,12 +35,75 @@ def test_good_data_becomes_a_job_that_control_adopts(lab: Lab, tmp_path: Path) -
     assert lab.progress(job.id).attempt == 1
 
 
+def test_every_setting_has_a_flag(lab: Lab, tmp_path: Path) -> None:
+    given = {
+        "preset": "quick",
+        "rank": "4",
+        "alpha": "8",
+        "dropout": "0.1",
+        "target_modules": ["q_proj", "v_proj"],
+        "rslora": None,
+        "learning_rate": "1e-3",
+        "scheduler": "cosine",
+        "warmup_steps": "1",
+        "weight_decay": "0.1",
+        "max_grad_norm": "2",
+        "accumulation_steps": "2",
+        "max_length": "128",
+        "long_rows": "cut",
+        "packing": "false",
+        "precision": "fp32",
+        "quantization": "nf4",
+        "loss_on": "all",
+        "evaluate_every_steps": "3",
+        "early_stopping_patience": "2",
+        "early_stopping_min_delta": "0.01",
+        "validation_share": "0.25",
+        "checkpoint_every_steps": "5",
+        "checkpoint_every_minutes": "1.5",
+    }
+    assert given.keys() == TrainOptions.model_fields.keys() - {"warm_start"}
+    flags = []
+    for name, value in given.items():
+        flags += [by_hand.flag(name), *([] if value is None else value if isinstance(value, list) else [value])]
+    asked = by_hand.parse(arguments(write(tmp_path / "rows.jsonl", 20), "--learning-rate-multiplier", "2", *flags))
+
+    spec = by_hand.prepare(lab.settings, lab.store, asked).job.spec
+
+    assert spec.options == TrainOptions.model_validate({**given, "rslora": True})
+    assert (spec.options.packing, spec.options.rslora, spec.options.alpha) == (False, True, 8.0)
+    assert spec.hyperparameters.learning_rate_multiplier == 2
+
+
+def test_preferences_are_a_method_with_a_beta(lab: Lab, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    row = {
+        "input": {"messages": [{"role": "user", "content": "red?"}]},
+        "preferred_output": [{"role": "assistant", "content": "yes"}],
+        "non_preferred_output": [{"role": "assistant", "content": "no"}],
+    }
+    path.write_text("\n".join(json.dumps(row) for _ in range(12)))
+    asked = by_hand.parse(arguments(path, "--method", "dpo", "--beta", "0.2"))
+    spec = by_hand.prepare(lab.settings, lab.store, asked).job.spec
+    assert (spec.method, spec.hyperparameters.beta) == ("dpo", 0.2)
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
         (["--epochs", "0"], "`--epochs` is 0; it must be from 1 to 50."),
         (["--rank", "500"], "`--rank`"),
         (["--model", "Bad Name"], "Invalid `--model`"),
+        (["--scheduler", "square"], "`--scheduler`: Input should be 'linear', 'cosine' or 'constant'."),
+        (["--learning-rate", "fast"], "`--learning-rate`: Input should be a valid number"),
+        (["--beta", "0.2"], "`--beta` needs `--method dpo`."),
+        (["--method", "dpo", "--beta", "3"], "`--beta` is 3; it must be from 1e-06 to 2."),
+        (
+            ["--batch-size", "6", "--accumulation-steps", "4"],
+            "`--accumulation-steps` 4 does not divide",
+        ),
+        (["--early-stopping-patience", "2"], "`--early-stopping-patience` needs rows to validate on."),
+        (["--warm-start", "nobody@v1"], "`--warm-start`: there is no version or checkpoint `nobody@v1`."),
         (["--base", "no/such"], "`no/such` does not exist"),
         (["--data", "absent.jsonl"], "`absent.jsonl` cannot be read"),
     ],
@@ -47,7 +111,7 @@ def test_good_data_becomes_a_job_that_control_adopts(lab: Lab, tmp_path: Path) -
 def test_a_wrong_argument_is_named_and_makes_nothing(lab: Lab, tmp_path: Path, more: list[str], reason: str) -> None:
     asked = by_hand.parse(arguments(write(tmp_path / "rows.jsonl"), *more))
     with pytest.raises(TuneloomError) as caught:
-        by_hand.prepare(lab.settings, asked)
+        by_hand.prepare(lab.settings, lab.store, asked)
     assert reason in str(caught.value)
 
 

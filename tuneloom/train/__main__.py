@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         if asked is None:
             join_cluster()
             return job.drive(settings, store, os.environ["TUNELOOM_JOB"], int(os.environ["TUNELOOM_ATTEMPT"]), say)
-        prepared = by_hand.prepare(settings, asked)
+        prepared = by_hand.prepare(settings, store, asked)
         for note in prepared.notes:
             say(note)
         try:

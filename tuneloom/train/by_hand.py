@@ -5,10 +5,12 @@ It makes the records that the API would have made, and is then a job like any ot
 
 import argparse
 import hashlib
+import re
 import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -24,11 +26,13 @@ from tuneloom.domain import (
     TrainOptions,
     Version,
     check_model_name,
+    check_settings_agree,
     event_id,
     new_id,
 )
 from tuneloom.errors import InvalidFile, InvalidRequest, TooLarge, TuneloomError
 from tuneloom.store import Store
+from tuneloom.store.names import find_start
 from tuneloom.train.attempt import run_folder
 from tuneloom.train.check import Check, Report
 
@@ -55,16 +59,42 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", required=True, type=Path, help="JSON Lines file with the rows")
     parser.add_argument("--model", required=True, help="name of the model to publish, e.g. support-bot")
     parser.add_argument("--validation", type=Path, help="JSON Lines file with rows for the validation loss")
+    parser.add_argument("--method", choices=("supervised", "dpo"), default="supervised", help="dpo: from preferences")
     parser.add_argument("--epochs", type=int, help="passes over the data (default: auto)")
     parser.add_argument("--batch-size", type=int, help="rows of a step (default: auto)")
-    parser.add_argument("--learning-rate", type=float, help="default: by the size of the base")
-    parser.add_argument("--rank", type=int, help="rank of the adapter (default: 16)")
+    parser.add_argument("--learning-rate-multiplier", type=float, help="factor of the learning rate (default: 1)")
+    parser.add_argument("--beta", type=float, help="of dpo: how close to the base it stays (default: 0.1)")
     parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
     parser.add_argument("--owner", default=LOCAL_OWNER, help="whose model it becomes (default: local)")
+    _add_options(parser.add_argument_group("settings of the run", "Each is told in docs/training.md."))
     return parser.parse_args(arguments)
 
 
-def prepare(settings: Settings, asked: argparse.Namespace) -> Prepared:
+def _add_options(group: argparse._ArgumentGroup) -> None:
+    """A flag for each of `TrainOptions`, which checks what is given."""
+    for name, field in TrainOptions.model_fields.items():
+        more: dict[str, Any] = {"metavar": _values(field.annotation)}
+        if field.annotation is bool:
+            more = {"action": "store_const", "const": True}
+        elif name == "target_modules":
+            more = {"nargs": "+", "metavar": "LAYER"}
+        default = "not set" if field.default is None else field.default
+        meaning = f"{field.description} ".replace("None:", "not set:") if field.description else ""
+        group.add_argument(flag(name), help=f"{meaning}(default: {default})".replace("%", "%%"), **more)
+
+
+def _values(annotation: Any) -> str:
+    """`linear|cosine|constant`, or VALUE where there are no names."""
+    names = [name for part in (annotation, *get_args(annotation)) for name in get_args(part) if isinstance(name, str)]
+    names += [name for name in get_args(annotation) if isinstance(name, str) and name not in names]
+    return "|".join([*names, "true", "false"] if bool in get_args(annotation) else names) or "VALUE"
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def prepare(settings: Settings, store: Store, asked: argparse.Namespace) -> Prepared:
     """Check the arguments and the data; nothing is stored but tokens for the run.
 
     Raises:
@@ -76,7 +106,7 @@ def prepare(settings: Settings, asked: argparse.Namespace) -> Prepared:
     training = _describe(asked.data, asked.owner, now, max_bytes)
     validation = _describe(asked.validation, asked.owner, now, max_bytes) if asked.validation else None
     files = [(training, asked.data), *([(validation, asked.validation)] if validation else [])]
-    spec = _spec(settings, asked, training, validation)
+    spec = _spec(settings, store, asked, training, validation)
     check = Check(settings, spec)
     for param, (file, path) in zip(("training_file", "validation_file"), files, strict=False):
         with path.open("rb") as source:
@@ -171,28 +201,61 @@ def _describe(path: Path, owner: str, now: float, max_bytes: int) -> File:
     )
 
 
-def _spec(settings: Settings, asked: argparse.Namespace, training: File, validation: File | None) -> JobSpec:
+def _spec(
+    settings: Settings, store: Store, asked: argparse.Namespace, training: File, validation: File | None
+) -> JobSpec:
     _check_range("--epochs", asked.epochs, 1, 50)
     _check_range("--batch-size", asked.batch_size, 1, 256)
+    _check_range("--learning-rate-multiplier", asked.learning_rate_multiplier, 1e-6, 1e4)
+    _check_range("--beta", asked.beta, 1e-6, 2)
     _check_range("--seed", asked.seed, 0, 2**31 - 1)
+    if asked.beta is not None and asked.method != "dpo":
+        raise InvalidRequest("`--beta` needs `--method dpo`.")
+    base = settings.base_aliases.get(asked.base, asked.base)
+    given = {name: getattr(asked, name) for name in TrainOptions.model_fields}
     try:
-        return JobSpec(
-            base=settings.base_aliases.get(asked.base, asked.base),
+        options = TrainOptions.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(f"`{flag(str(first['loc'][0]))}`: {first['msg']}.") from error
+    try:
+        start = options.warm_start
+        spec = JobSpec(
+            base=base,
             training_file=training.id,
             validation_file=validation.id if validation else None,
             suffix=check_model_name(asked.model, param="--model"),
             seed=secrets.randbelow(2**31) if asked.seed is None else asked.seed,
-            hyperparameters=Hyperparameters(n_epochs=asked.epochs or "auto", batch_size=asked.batch_size or "auto"),
-            options=TrainOptions(rank=asked.rank, learning_rate=asked.learning_rate),
+            method=asked.method,
+            hyperparameters=_hyperparameters(asked),
+            options=options,
+            warm_start=None if start is None else find_start(store.records, asked.owner, start, base),
         )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidRequest(f"`--{str(first['loc'][-1]).replace('_', '-')}`: {first['msg']}.") from error
+        check_settings_agree(spec)
+    except InvalidRequest as error:
+        raise InvalidRequest(_by_flags(error.message)) from error
+    return spec
 
 
-def _check_range(name: str, value: int | str | None, low: int, high: int) -> None:
-    if isinstance(value, int) and not low <= value <= high:
-        raise InvalidRequest(f"`{name}` is {value}; it must be from {low} to {high}.")
+def _hyperparameters(asked: argparse.Namespace) -> Hyperparameters:
+    return Hyperparameters(
+        n_epochs=asked.epochs or "auto",
+        batch_size=asked.batch_size or "auto",
+        learning_rate_multiplier=asked.learning_rate_multiplier or "auto",
+        beta=(asked.beta or "auto") if asked.method == "dpo" else None,
+    )
+
+
+def _by_flags(message: str) -> str:
+    """A message of the API, with the fields as flags."""
+    message = message.replace("`batch_size`", "`--batch-size`").replace("`validation_file`", "`--validation`")
+    names = "|".join(TrainOptions.model_fields)
+    return re.sub(rf"`(?:tuneloom\.)?({names})`", lambda found: f"`{flag(found[1])}`", message)
+
+
+def _check_range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise InvalidRequest(f"`{name}` is {value:g}; it must be from {low:g} to {high:g}.")
 
 
 def _all_problems(report: Report) -> str:
