@@ -1,4 +1,7 @@
 import json
+import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,3 +265,236 @@ def test_options_have_their_effect(lab: Lab, tmp_path: Path) -> None:
     weights = load_file(folder / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert {name.split(".")[-3] for name in weights} == {"q_proj", "down_proj"}
+
+
+def messages(lab: Lab, job_id: str) -> list[str]:
+    return [event.message for event in lab.events(job_id)]
+
+
+def test_each_step_tells_how_it_learns_and_what_it_takes(lab: Lab) -> None:
+    job = lab.add_job(n_epochs=1)
+    run(lab, job.id)
+
+    data = [event.data for event in lab.events(job.id) if event.type == "metrics"]
+    assert [each["learning_rate"] for each in data if each] == pytest.approx(
+        [5e-3 * (6 - step) / 6 for step in range(6)]
+    )
+    for each in data:
+        assert each is not None
+        assert min(each["grad_norm"], each["tokens_per_second"]) > 0
+        assert 50 << 20 < each["memory_bytes"] < 1 << 40
+        assert abs(each["estimated_finish"] - time.time()) < 600
+    progress = lab.progress(job.id)
+    assert {"learning_rate", "batch_size"} <= {setting.name for setting in progress.settings}
+    assert progress.memory_bytes >= 50 << 20
+
+
+def test_seconds_and_memory_count_over_all_attempts(lab: Lab, at_step: Schedule) -> None:
+    job = lab.add_job()
+    at_step(2, lambda: lab.change_job(job.id, state="paused") and None)
+    run(lab, job.id)
+    first = lab.progress(job.id)
+    assert 0 < first.seconds < 600
+    lab.next_attempt(job.id)
+    run(lab, job.id)
+    assert lab.progress(job.id).seconds > first.seconds
+    assert lab.progress(job.id).memory_bytes >= first.memory_bytes
+
+
+# Answers of the validation rows are never those that are learned, so that their loss soon rises.
+ODD_ROWS = [{"messages": [row["messages"][0], {"role": "assistant", "content": "maybe"}]} for row in colour_rows(6)]
+STOPPING = TrainOptions(
+    rank=4,
+    precision="fp32",
+    learning_rate=2e-2,
+    evaluate_every_steps=2,
+    early_stopping_patience=2,
+    checkpoint_every_steps=2,
+)
+
+
+def valid_losses(lab: Lab, job_id: str) -> dict[int, float]:
+    data = [event.data or {} for event in lab.events(job_id) if event.type == "metrics"]
+    return {each["step"]: each["valid_loss"] for each in data if "valid_loss" in each}
+
+
+def test_a_run_that_gets_worse_stops_early_and_hands_over_its_best_adapter(lab: Lab, tmp_path: Path) -> None:
+    lab.settings = lab.settings.model_copy(
+        update={"train": lab.settings.train.model_copy(update={"checkpoints_kept": 3})}
+    )
+    job = lab.add_job(validation=ODD_ROWS, options=STOPPING, n_epochs=20)
+
+    assert run(lab, job.id) == "published", lab.progress(job.id).error
+
+    losses = valid_losses(lab, job.id)
+    best, last = min(losses, key=losses.__getitem__), max(losses)
+    assert last == best + 4 == lab.progress(job.id).step < 120
+    assert any(text.startswith(f"Training stops early at step {last}") for text in messages(lab, job.id))
+    manifest = read_manifest(lab.store.blobs, job.artifacts)
+    assert manifest is not None
+    assert (manifest.steps, manifest.metrics["step"], manifest.metrics["valid_loss"]) == (last, best, losses[best])
+    kept = {s.value.step: s.value.adapter for s in lab.store.records.checkpoints.query({"job_id": job.id})}
+    folder = fetch_adapter(lab.store.blobs, kept[best], tmp_path / "kept")
+    assert (folder / "adapter_model.safetensors").read_bytes() == final_adapter(lab, job.id, tmp_path)
+
+
+def test_a_killed_run_stops_early_at_the_same_step_with_the_same_adapter(
+    lab: Lab, tmp_path: Path, at_step: Schedule
+) -> None:
+    whole, broken = (lab.add_job(validation=ODD_ROWS, options=STOPPING, n_epochs=20) for _ in range(2))
+    run(lab, whole.id)
+    end = lab.progress(whole.id).step
+
+    def kill() -> None:
+        raise Killed
+
+    at_step(end - 1, kill)
+    with pytest.raises(Killed):
+        run(lab, broken.id)
+    lab.next_attempt(broken.id)
+    assert run(lab, broken.id) == "published"
+
+    assert valid_losses(lab, broken.id) == valid_losses(lab, whole.id)
+    assert final_adapter(lab, broken.id, tmp_path) == final_adapter(lab, whole.id, tmp_path)
+
+
+def test_a_run_whose_machine_is_gone_goes_on_from_the_stored_state(lab: Lab, tmp_path: Path, at_step: Schedule) -> None:
+    lab.settings = lab.settings.model_copy(
+        update={"train": lab.settings.train.model_copy(update={"upload_states": True})}
+    )
+    options = TrainOptions(rank=4, precision="fp32", dropout=0.1, checkpoint_every_steps=2)
+    whole, broken = lab.add_job(options=options), lab.add_job(options=options)
+    run(lab, whole.id)
+
+    def lose() -> None:
+        assert {blob.key.split("/")[3] for blob in lab.store.blobs.list(f"jobs/{broken.id}/states")} == {
+            "step-00000004",
+            "step-00000006",
+        }
+        shutil.rmtree(run_folder(lab.settings, broken.id))
+        raise Killed
+
+    at_step(7, lose)
+    with pytest.raises(Killed):
+        run(lab, broken.id)
+    lab.next_attempt(broken.id)
+    assert run(lab, broken.id) == "published"
+
+    assert "Training goes on from the checkpoint at step 6" in messages(lab, broken.id)
+    assert lab.losses(broken.id) == lab.losses(whole.id)
+    assert final_adapter(lab, broken.id, tmp_path) == final_adapter(lab, whole.id, tmp_path)
+    assert lab.store.blobs.list(f"jobs/{broken.id}/states") == []
+
+
+def test_states_stay_on_the_machine_where_blobs_do(lab: Lab, at_step: Schedule) -> None:
+    job = lab.add_job()
+    at_step(5, lambda: lab.change_job(job.id, state="paused") and None)
+    run(lab, job.id)
+    assert lab.store.blobs.list(f"jobs/{job.id}/states") == []
+
+
+def test_a_node_that_is_taken_away_saves_and_asks_for_the_next_attempt(
+    lab: Lab, tmp_path: Path, at_step: Schedule
+) -> None:
+    whole, moved = lab.add_job(), lab.add_job()
+    run(lab, whole.id)
+    notice = threading.Event()
+    at_step(3, notice.set)
+
+    assert run_attempt(lab.settings, moved.id, 1, notice) == "stopped"
+    # The word of a pause, while the job is to run: control starts it again and counts no loss.
+    assert (lab.progress(moved.id).outcome, lab.checkpoint_steps(moved.id)) == ("paused", [3])
+    assert any("about to be taken away; saved at step 3" in text for text in messages(lab, moved.id))
+    lab.next_attempt(moved.id)
+    assert run(lab, moved.id) == "published"
+    assert final_adapter(lab, moved.id, tmp_path) == final_adapter(lab, whole.id, tmp_path)
+
+
+@pytest.fixture
+def room_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the allocator fail, truly, in forward passes of more rows."""
+    from tuneloom.train.lora import LoraTrainer
+
+    original = LoraTrainer.compute_loss
+
+    def limit(rows: int) -> None:
+        def compute_loss(self: LoraTrainer, model: Any, inputs: dict[str, Any], *more: Any, **names: Any) -> Any:
+            is_packed = len(inputs["input_ids"]) == 1
+            if (int((inputs["position_ids"] == 0).sum()) if is_packed else len(inputs["input_ids"])) > rows:
+                torch.empty(1 << 55)
+            return original(self, model, inputs, *more, **names)
+
+        monkeypatch.setattr(LoraTrainer, "compute_loss", compute_loss)
+
+    return limit
+
+
+def test_out_of_memory_goes_on_in_smaller_pieces_of_the_same_steps(
+    lab: Lab, at_step: Schedule, room_for: Callable[[int], None]
+) -> None:
+    options = TrainOptions(rank=4, precision="fp32", learning_rate=5e-3, checkpoint_every_steps=4)
+    whole, tight = lab.add_job(options=options), lab.add_job(options=options)
+    run(lab, whole.id)
+    at_step(5, lambda: room_for(1))
+
+    assert run(lab, tight.id) == "published", lab.progress(tight.id).error
+
+    warned = [event.message for event in lab.events(tight.id) if event.level == "warn"]
+    assert warned and all(text.startswith("The memory was not enough: ") for text in warned)
+    assert "Training goes on from the checkpoint at step 4" in messages(lab, tight.id)
+    assert lab.steps(tight.id) == list(range(1, 13))
+    assert lab.losses(tight.id) == pytest.approx(lab.losses(whole.id), rel=1e-4)
+    passes = {setting.name: setting for setting in lab.progress(tight.id).settings}["accumulation_steps"]
+    assert (passes.value, passes.reason) == (4, "the memory was not enough")
+
+
+def test_a_row_that_does_not_fit_alone_fails_with_what_helps(lab: Lab, room_for: Callable[[int], None]) -> None:
+    job = lab.add_job()
+    room_for(0)
+    assert run(lab, job.id) == "failed"
+    error = lab.progress(job.id).error
+    assert error is not None and error.code == "out_of_memory"
+    assert "quantization" in error.message and "one row" in error.message
+
+
+@pytest.mark.parametrize("memory", ["short", "ample"])
+def test_a_death_while_memory_is_short_makes_the_next_start_smaller(
+    lab: Lab, at_step: Schedule, monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", checkpoint_every_steps=4))
+
+    def kill() -> None:
+        if memory == "short":
+            monkeypatch.setattr("tuneloom.train.meter.SHORT_SHARE", 1.1)
+        time.sleep(2.5)
+        raise Killed
+
+    at_step(3, kill)
+    with pytest.raises(Killed):
+        run(lab, job.id)
+    assert run(lab, job.id) == "published"
+    warned = [event.message for event in lab.events(job.id) if event.level == "warn"]
+    assert [text.split(":")[0] for text in warned] == (
+        ["The training process was ended while memory was short"] if memory == "short" else []
+    )
+
+
+def test_a_disk_that_fills_up_fails_the_job_with_that_word_and_leaves_nothing(
+    lab: Lab, at_step: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuneloom.train.lora import LoraTrainer
+
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", checkpoint_every_steps=4))
+    save = LoraTrainer.save_state
+
+    def fill_up(self: LoraTrainer, folder: Path) -> None:
+        folder.joinpath("optimizer.pt").symlink_to("/dev/full")
+        save(self, folder)
+
+    at_step(5, lambda: monkeypatch.setattr(LoraTrainer, "save_state", fill_up))
+    monkeypatch.setattr("tuneloom.train.failure.FULL_DISK_BYTES", 1 << 60)
+    assert run(lab, job.id) == "failed"
+    error = lab.progress(job.id).error
+    assert error is not None and error.code == "disk_full", error
+    assert lab.checkpoint_steps(job.id) == [4]
+    assert not run_folder(lab.settings, job.id).exists()
