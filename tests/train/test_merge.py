@@ -14,7 +14,7 @@ from tuneloom.engine.engine import LocalEngine
 from tuneloom.engine.options import EngineConfig
 from tuneloom.errors import InvalidRequest, TuneloomError
 from tuneloom.generation import SamplingParams
-from tuneloom.train.merge import TOLERANCE, memory_needed, merge
+from tuneloom.train.merge import TOLERANCE, Dtype, memory_needed, merge
 
 IDS = torch.tensor([[5, 300, 17, 42, 99, 7, 260, 31], [1, 2, 3, 4, 400, 401, 402, 403]])
 
@@ -133,21 +133,25 @@ def test_a_merge_that_computes_something_else_is_refused(base: Base, tmp_path: P
         merge(base, adapter, tmp_path / "merged")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_weights_that_change_on_their_way_to_disk_are_noticed(
-    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Dtype
 ):
     from transformers import PreTrainedModel
 
     save = PreTrainedModel.save_pretrained
 
     def spoil(self: PreTrainedModel, *arguments: Any, **options: Any) -> None:
+        weight = self.model.layers[1].mlp.down_proj.weight
+        kept = weight.detach().clone()
         with torch.no_grad():
-            self.model.layers[1].mlp.down_proj.weight[0] += 0.5
-        save(self, *arguments, **options)
+            weight[0, 0] += 0.1
+            save(self, *arguments, **options)
+            weight.copy_(kept)
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoil)
     with pytest.raises(TuneloomError, match="is not what base and adapter are"):
-        merge(base, make_adapter(tmp_path / "adapter", base.path), tmp_path / "merged")
+        merge(base, make_adapter(tmp_path / "adapter", base.path), tmp_path / "merged", dtype=dtype)
 
 
 def test_a_base_that_is_stored_quantised_is_refused(base: Base, tmp_path: Path):

@@ -29,7 +29,8 @@ Dtype = Literal["bf16", "fp32"]
 SHARD_SIZE = "4GB"
 # Largest difference of a logit, as a share of the largest logit, that a merge may bring. Measured on SmolLM2-135M with
 # adapters of rank 16 that move logits by 0.8 to 21 %: 3e-6 in fp32; 0.3 to 1.1 % in bf16, where each weight is rounded.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
+# Tiny random models of nine architectures with adapters that turn all logits around: 4e-6 and 0.3 to 7 %.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.1}
 _PROBE_SHAPE = (4, 48)
 # Written by transformers, or about the base alone.
 _NOT_COPIED = frozenset({"config.json", "model.safetensors.index.json", "README.md"})
@@ -82,11 +83,17 @@ def merge(
         model = tuned.merge_and_unload(safe_merge=True)
         _check(_distance(_logits(model, base), wanted), torch.float32)
         say(f"writing {_name(stored)} weights")
-        _save(model.to(stored), base, folder)
+        _cast(model, stored)
+        _save(model, base, folder)
+        _cast(model, torch.float32)
+        rounded = _logits(model, base)
         del model, tuned
         gc.collect()
         say("comparing what was written with base and adapter")
-        difference = _check(_distance(_logits(_load(folder), base), wanted), stored)
+        written = _logits(_load(folder), base)
+        # What the rounding of weights may do would hide a wrong one.
+        _check(_distance(written, rounded), torch.float32)
+        difference = _check(_distance(written, wanted), stored)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Merged(_name(stored), size, difference, _distance(plain, wanted), TOLERANCE[stored])
 
@@ -97,6 +104,12 @@ def _load(folder: Path) -> PreTrainedModel:
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     return model.eval()
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the weights alone: tables of positions stay exact, as they are when a model is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _save(model: PreTrainedModel, base: Base, folder: Path) -> None:
