@@ -279,7 +279,20 @@ def test_an_import_may_not_hide_a_base_and_must_fit_one(shell: Shell, tiny_home:
 def api(shell: Shell) -> Iterator[list[str]]:
     """A server with one job in the place of the API; the list has what it was asked."""
     asked: list[str] = []
-    job = {"id": "ftjob-1", "status": "succeeded", "created_at": 1_700_000_000, "fine_tuned_model": "ft:b:local:x:1"}
+    sent: list[dict] = []
+    settings = [{"name": "rank", "value": 8, "reason": "as asked"}]
+    bounds = {"seconds": 100.0, "seconds_low": 80.0, "seconds_high": 125.0}
+    estimate = {"tokens": 500, "steps": 20, "memory_bytes": 10**9, "based_on": "1 job like it", **bounds}
+    usage = {"tokens": 500, "steps": 20, "seconds": 90.0, "memory_bytes": 10**9, "cost": None, "estimate_error": -0.1}
+    ours = {"name": "x", "base": "b", "settings": settings, "estimate": estimate, "usage": None, "queue": None}
+    common = {"created_at": 1_700_000_000, "estimated_finish": None, "error": None}
+    job = {"id": "ftjob-1", "status": "succeeded", "fine_tuned_model": "ft:b:local:x:1", **common}
+    job["tuneloom"] = {**ours, "usage": usage}
+    waiting = {"id": "ftjob-3", "status": "queued", "fine_tuned_model": None, **common}
+    waiting["tuneloom"] = {
+        **ours,
+        "queue": {"position": 2, "waiting_for": "free cores", "starts_at": 1_700_000_060},
+    }
     event = {"id": "e1", "created_at": 1_700_000_000, "level": "info", "message": "Step 1/2: training loss=2.10"}
 
     class Handler(BaseHTTPRequestHandler):
@@ -290,7 +303,15 @@ def api(shell: Shell) -> Iterator[list[str]]:
             if "ftjob-2" in self.path:
                 return self._answer(404, {"error": {"message": "No such job: `ftjob-2`."}})
             if self.path.endswith("/jobs?limit=20"):
-                return self._answer(200, {"data": [job]})
+                return self._answer(200, {"data": [job, waiting]})
+            if self.path.endswith("ftjob-3"):
+                return self._answer(200, waiting)
+            if self.path.endswith("/estimate"):
+                sent.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                if len(sent) == 1:
+                    return self._answer(202, {"status": "running"})
+                done = {"status": "completed", "message": "Estimate: 500 tokens", "settings": settings}
+                return self._answer(200, done)
             if "/events" in self.path:
                 return self._answer(200, {"data": [event]})
             return self._answer(200, job)
@@ -330,12 +351,30 @@ def api(shell: Shell) -> Iterator[list[str]]:
 def test_jobs_are_shown_and_changed_through_the_api(shell: Shell, api: list[str]):
     assert shell("jobs", "list") == 0
     assert shell.out.splitlines()[1].split() == ["ftjob-1", "succeeded", "2023-11-14", "22:13:20", "ft:b:local:x:1"]
-    assert shell("jobs", "show", "ftjob-1") == 0 and json.loads(shell.out)["id"] == "ftjob-1"
+    assert shell.out.splitlines()[2].split(maxsplit=4)[4] == "2: free cores"
+    assert shell("jobs", "show", "ftjob-1", "--json") == 0 and json.loads(shell.out)["id"] == "ftjob-1"
     for verb in ("cancel", "pause", "resume"):
         assert shell("jobs", verb, "ftjob-1") == 0
         assert api[-1] == f"POST /v1/fine_tuning/jobs/ftjob-1/{verb}"
     assert shell("jobs", "events", "ftjob-1", "--follow") == 0
     assert "2023-11-14 22:13:20  info   Step 1/2: training loss=2.10" in shell.out
+
+
+def test_a_job_is_shown_with_its_place_its_estimate_and_what_it_took(shell: Shell, api: list[str]):
+    assert shell("jobs", "show", "ftjob-3") == 0
+    assert "in line     2, waiting for free cores; starts at about 2023-11-14 22:14:20" in shell.out
+    assert "estimate    500 tokens in 20 steps, 100 s (80 to 125 s), 1.0 GB; from 1 job like it" in shell.out
+    assert shell("jobs", "show", "ftjob-1") == 0
+    assert "took        500 tokens in 20 steps, 90 s, 1.0 GB; 10% less than estimated" in shell.out
+    assert shell.out.splitlines()[-1].split(maxsplit=2) == ["rank", "8", "as asked"]
+
+
+def test_a_job_is_estimated_without_creating_it(shell: Shell, api: list[str], monkeypatch):
+    monkeypatch.setattr("tuneloom.cli.jobs.FOLLOW_S", 0)
+    assert shell("jobs", "estimate", "file-1", "--epochs", "3", "-o", "rank=8", "-o", "precision=bf16") == 0
+    assert shell.out.splitlines()[0] == "Estimate: 500 tokens"
+    assert api[-2:] == ["POST /v1/tuneloom/estimate"] * 2
+    assert shell("jobs", "estimate", "file-1", "-o", "rank") == 1 and "Write `name=value`" in shell.err
 
 
 def test_the_apis_own_words_reach_the_user(shell: Shell, api: list[str]):

@@ -3,6 +3,7 @@
 The machine of the check stands for those that train; `train.memory_bytes` says it where they differ.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def _room(train: TrainSettings) -> Room | None:
 
 def _evaluations(plan: Plan) -> int:
     every = plan.evaluate_every_steps
-    return plan.n_epochs if every is None else max(1, plan.total_steps // every)
+    return plan.n_epochs if every is None else math.ceil(plan.total_steps / every)
 
 
 def _lines(path: Path) -> list[str]:
