@@ -17,6 +17,7 @@ from tuneloom.control.api_files import FilesApi
 from tuneloom.control.api_jobs import JobsApi
 from tuneloom.control.api_keys import KeysApi
 from tuneloom.control.api_models import ModelsApi
+from tuneloom.control.api_uploads import UploadsApi
 from tuneloom.control.context import ApiContext
 
 __all__ = ["ApiContext", "routes"]
@@ -28,6 +29,7 @@ def routes(context: ApiContext) -> list[Route]:
     checks = ChecksApi(context)
     apis = (
         FilesApi(context),
+        UploadsApi(context),
         checks,
         EstimateApi(context, checks),
         JobsApi(context),

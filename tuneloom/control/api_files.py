@@ -1,61 +1,28 @@
-"""`/v1/files` and `/v1/uploads` on the wire."""
+"""`/v1/files` on the wire."""
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tuneloom.control import files, repeat
-from tuneloom.control.body import (
-    Body,
-    Form,
-    Part,
-    digest,
-    identify,
-    parse,
-    read_form,
-    read_json,
-    retry_count,
-    size_text,
-)
+from tuneloom.control.body import Form, digest, identify, read_form
 from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
 from tuneloom.control.pages import read_page
 from tuneloom.control.retry import retry
-from tuneloom.domain import File, Upload, UploadPart, new_id
-from tuneloom.errors import InvalidRequest, NotFound, TooLarge
-from tuneloom.store.base import BlobNotFound, StoreConflict, Write
-
-MAX_PARTS = 10_000
-
-
-class ExpiresAfterBody(Body):
-    anchor: str
-    seconds: int
-
-
-class CreateUpload(Body):
-    filename: str
-    purpose: str
-    bytes: int = Field(ge=1)
-    mime_type: str = Field(max_length=255)
-    expires_after: ExpiresAfterBody | None = None
-
-
-class CompleteUpload(Body):
-    part_ids: list[str] = Field(min_length=1, max_length=MAX_PARTS)
-    md5: str | None = None
+from tuneloom.domain import File, new_id
+from tuneloom.errors import InvalidRequest, NotFound
+from tuneloom.store.base import BlobNotFound
 
 
 class FilesApi:
     """Each method is one endpoint."""
 
     def __init__(self, context: ApiContext) -> None:
-        self._context = context
         self._store = context.store
         self._records = context.store.records
         self._limits = context.settings.gateway
@@ -68,10 +35,6 @@ class FilesApi:
             Route("/v1/files/{id}", self.retrieve, methods=["GET"]),
             Route("/v1/files/{id}", self.delete, methods=["DELETE"]),
             Route("/v1/files/{id}/content", self.content, methods=["GET"]),
-            Route("/v1/uploads", self.create_upload, methods=["POST"]),
-            Route("/v1/uploads/{id}/parts", self.add_part, methods=["POST"]),
-            Route("/v1/uploads/{id}/complete", self.complete_upload, methods=["POST"]),
-            Route("/v1/uploads/{id}/cancel", self.cancel_upload, methods=["POST"]),
         ]
 
     async def create(self, request: Request) -> Response:
@@ -106,7 +69,7 @@ class FilesApi:
         file = files.put_bytes(
             self._store, file, part.chunks(), max_bytes=self._limits.max_file_bytes, timeout_s=self._timeout_s
         )
-        with self._dropped_if_refused(file.blob):
+        with files.dropped_if_refused(self._store, file.blob):
             kept = repeat.create_once(
                 self._records,
                 asked,
@@ -116,15 +79,6 @@ class FilesApi:
         if kept.id != id:
             self._store.blobs.delete(file.blob)
         return kept
-
-    @contextlib.contextmanager
-    def _dropped_if_refused(self, blob: str) -> Iterator[None]:
-        """Remove a blob whose record was refused. After any other failure the commit may have been made: it stays."""
-        try:
-            yield
-        except (StoreConflict, InvalidRequest):
-            self._store.blobs.delete(blob)
-            raise
 
     async def list_files(self, request: Request) -> Response:
         return JSONResponse(await in_thread(self._list, request, caller(request, "training").owner))
@@ -175,140 +129,6 @@ class FilesApi:
 
         headers = {"content-length": str(file.size_bytes), "content-disposition": "attachment"}
         return StreamingResponse(chunks(), media_type="application/octet-stream", headers=headers)
-
-    async def create_upload(self, request: Request) -> Response:
-        owner = caller(request, "training").owner
-        raw = await read_json(request, self._limits.max_body_bytes)
-        return JSONResponse(await in_thread(self._create_upload, request, owner, raw))
-
-    def _create_upload(self, request: Request, owner: str, raw: bytes) -> dict[str, Any]:
-        body = parse(CreateUpload, raw)
-        if body.bytes > self._limits.max_upload_bytes:
-            raise TooLarge(f"An upload may have {size_text(self._limits.max_upload_bytes)}.", param="bytes")
-        filename = files.clean_filename(body.filename)
-        purpose = files.check_purpose(body.purpose, filename)
-        after = body.expires_after
-        now = time.time()
-        upload = Upload(
-            id=new_id("upload_"),
-            owner=owner,
-            filename=filename,
-            purpose=purpose,
-            size_bytes=body.bytes,
-            mime_type=body.mime_type,
-            created_at=now,
-            expires_at=now + files.UPLOAD_LIFE_S,
-            file_expires_after_s=None if after is None else files.check_expiry(after.anchor, after.seconds),
-        )
-        kept = repeat.create_once(
-            self._records,
-            identify(request, owner, digest(raw)),
-            lambda: (upload.id, upload, [self._records.uploads.create(upload)]),
-            lambda found: files.get_upload(self._records, owner, found).value,
-        )
-        return self._show_upload(kept)
-
-    async def add_part(self, request: Request) -> Response:
-        owner, id = caller(request, "training").owner, request.path_params["id"]
-        await in_thread(files.get_pending, self._records, owner, id)
-        async with read_form(request, self._limits.max_part_bytes) as form:
-            form.check_known("data")
-            part = await in_thread(self._add_part, request, owner, id, form.part("data"))
-        return JSONResponse(
-            {"id": part.id, "object": "upload.part", "created_at": int(part.created_at), "upload_id": id}
-        )
-
-    def _add_part(self, request: Request, owner: str, upload_id: str, data: Part) -> UploadPart:
-        sha256 = data.sha256()
-        id = new_id("part_")
-        part = UploadPart(
-            id=id,
-            owner=owner,
-            upload_id=upload_id,
-            created_at=time.time(),
-            size_bytes=data.size_bytes,
-            blob=f"uploads/{upload_id}/{id}",
-        )
-        self._store.blobs.write(part.blob, data.chunks(), sha256=sha256)
-
-        def make() -> tuple[str, UploadPart, list[Write]]:
-            # A part that slips in while its upload ends harms nothing: it is in no list of parts, and is swept.
-            files.get_pending(self._records, owner, upload_id)
-            return id, part, [self._records.upload_parts.create(part)]
-
-        with self._dropped_if_refused(part.blob):
-            kept = repeat.create_once(
-                self._records,
-                identify(request, owner, sha256),
-                make,
-                lambda found: self._records.upload_parts.get(found).value,
-            )
-        if kept.id != id:
-            self._store.blobs.delete(part.blob)
-        return kept
-
-    async def complete_upload(self, request: Request) -> Response:
-        owner, id = caller(request, "training").owner, request.path_params["id"]
-        raw = await read_json(request, self._limits.max_body_bytes)
-        again = retry_count(request) > 0
-        return JSONResponse(await in_thread(self._complete_upload, owner, id, parse(CompleteUpload, raw), again))
-
-    def _complete_upload(self, owner: str, id: str, body: CompleteUpload, again: bool) -> dict[str, Any]:
-        known = files.get_upload(self._records, owner, id).value
-        if again and known.status == "completed":
-            return self._show_upload(known)
-        stored = files.get_pending(self._records, owner, id)
-        parts = files.parts_in_order(self._records, stored.value, body.part_ids)
-        file = files.join_parts(
-            self._store,
-            stored.value,
-            parts,
-            body.md5,
-            new_id("file-"),
-            max_bytes=self._limits.max_upload_bytes,
-            timeout_s=self._timeout_s,
-        )
-        done = stored.value.model_copy(update={"status": "completed", "file_id": file.id})
-        try:
-            self._records.commit(self._records.uploads.replace(stored, done), self._records.files.create(file))
-        except StoreConflict:
-            # Completed, cancelled or given a part meanwhile: the caller hears how it stands.
-            self._store.blobs.delete(file.blob)
-            return self._complete_upload(owner, id, body, True)
-        files.drop_parts(self._store, id)
-        return self._show_upload(done)
-
-    async def cancel_upload(self, request: Request) -> Response:
-        owner, id = caller(request, "training").owner, request.path_params["id"]
-        return JSONResponse(await in_thread(self._cancel_upload, owner, id, retry_count(request) > 0))
-
-    def _cancel_upload(self, owner: str, id: str, again: bool) -> dict[str, Any]:
-        def once() -> Upload:
-            known = files.get_upload(self._records, owner, id).value
-            if again and known.status == "cancelled":
-                return known
-            stored = files.get_pending(self._records, owner, id)
-            cancelled = stored.value.model_copy(update={"status": "cancelled"})
-            self._records.commit(self._records.uploads.replace(stored, cancelled))
-            return cancelled
-
-        cancelled = retry(once)
-        files.drop_parts(self._store, id)
-        return self._show_upload(cancelled)
-
-    def _show_upload(self, upload: Upload) -> dict[str, Any]:
-        file = None if upload.file_id is None else self._records.files.find(upload.file_id)
-        return {
-            "id": upload.id,
-            "object": "upload",
-            "bytes": upload.size_bytes,
-            "created_at": int(upload.created_at),
-            "expires_at": int(upload.expires_at),
-            "filename": upload.filename,
-            "purpose": upload.purpose,
-            "status": files.status_of(upload, time.time()),
-            "file": None if file is None else show_file(file.value),
-        }
 
 
 def show_file(file: File) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Bytes go first and under keys made of our own ids, then the record; a deletion goes the other way round.
 """
 
+import contextlib
 import hashlib
 import re
 import time
@@ -14,7 +15,7 @@ from tuneloom.domain import File, Job, Upload, UploadPart
 from tuneloom.errors import Conflict, InvalidFile, InvalidRequest, NotFound, TooLarge
 from tuneloom.rows import to_json_lines
 from tuneloom.store import Store
-from tuneloom.store.base import Write
+from tuneloom.store.base import StoreConflict, Write
 from tuneloom.store.records import Records, Stored
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
@@ -91,6 +92,16 @@ def put_bytes(store: Store, file: File, chunks: Iterable[bytes], *, max_bytes: i
 
     sha256 = store.blobs.write(file.blob, counted())
     return file.model_copy(update={"size_bytes": size_bytes, "sha256": sha256})
+
+
+@contextlib.contextmanager
+def dropped_if_refused(store: Store, blob: str) -> Iterator[None]:
+    """Remove a blob whose record was refused. After any other failure the commit may have been made: it stays."""
+    try:
+        yield
+    except (StoreConflict, InvalidRequest):
+        store.blobs.delete(blob)
+        raise
 
 
 def _within(chunks: Iterable[bytes], timeout_s: float) -> Iterator[bytes]:
