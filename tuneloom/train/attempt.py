@@ -10,7 +10,7 @@ import shutil
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tuneloom.bases import Base, get_base
 from tuneloom.config import Settings
@@ -21,7 +21,7 @@ from tuneloom.train.best import BestAdapter
 from tuneloom.train.checkpoints import Checkpoints, SavedState
 from tuneloom.train.deaths import Deaths
 from tuneloom.train.failure import describe, is_out_of_memory
-from tuneloom.train.fidelity import check_rendering, check_scores, sentence
+from tuneloom.train.fidelity import check_factors, check_rendering, check_scores, sentence
 from tuneloom.train.inputs import Inputs, read_inputs
 from tuneloom.train.libraries import Libraries, import_libraries, release_memory
 from tuneloom.train.lineage import Witness
@@ -56,12 +56,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained adapter in `folder`, and what the trainer thought of the rows `scored`, in its `precision`."""
+    """A trained adapter in `folder`; its `factors` in the trainer, and what that thought of the rows `scored`, in its
+    `precision`.
+    """
 
     folder: Path
     publisher: Publisher
     outcome: Outcome
     precision: str
+    factors: dict[str, Any]
     scored: tuple[Scored, ...]
     scores: list[list[float]]
 
@@ -242,13 +245,15 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learne
     scored = pick_scored(inputs.training)
     scores = libraries.scores.trainer_scores(trainer, scored)
     precision = plan.precision if plan.quantization == "none" else plan.quantization
-    return Learned(final, publisher, outcome, precision, scored, scores)
+    factors = libraries.scores.trainer_factors(model)
+    return Learned(final, publisher, outcome, precision, factors, scored, scores)
 
 
 def _hand_over(run: Run, learned: Learned) -> Result:
     """The adapter becomes what others can see, once an engine has computed with it what the trainer did."""
     run.voice.say(stage="checking")
     fidelity = _compare(run, learned)
+    check_factors(learned.folder, learned.factors)
     if (wanted := _early_end(run.pulse)) is not None:
         return wanted
     learned.publisher.version(learned.folder, replace(learned.outcome, fidelity=fidelity))

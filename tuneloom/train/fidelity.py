@@ -4,9 +4,10 @@ The only part of training that computes with the engine. A difference ends the j
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,11 +26,16 @@ from tuneloom.train.render import Example, Renderer
 from tuneloom.train.rendering import Difference, Tally, compare
 from tuneloom.train.sample import MADE_UP, Scored, kinds_of, parts_of, pick_rows
 
-# The largest difference of a log-probability by the coarser of the two precisions, and the largest mean of all.
-# Measured over tiny random bases and SmolLM2-135M-Instruct; see docs/training.md.
-TOLERANCE = {"fp32": 0.01, "bf16": 1.0, "int8": 2.0, "nf4": 4.0}
-MEAN_SHARE = 0.1
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# How far log-probabilities may be apart, one of them and all on average, by the coarser of the two precisions. About
+# four times what was measured over tiny random bases and SmolLM2-135M-Instruct, twice for NF4; see docs/training.md.
+TOLERANCE = {"fp32": 0.01, "bf16": 1.0, "int8": 4.0, "nf4": 12.0}
+MEAN_TOLERANCE = {"fp32": 0.001, "bf16": 0.2, "int8": 0.6, "nf4": 1.5}
 PRECISIONS = tuple(TOLERANCE)
+# Numbers of an adapter that are scaled by the trainer and by the engine, as shares of the largest: a rounding of fp32.
+FACTOR_TOLERANCE = 1e-6
 
 
 class RenderingDiffers(TuneloomError):
@@ -42,6 +48,12 @@ class ScoresDiffer(TuneloomError):
     """The engine computes other log-probabilities than the trainer."""
 
     code = "fidelity_logprobs"
+
+
+class AdapterDiffers(TuneloomError):
+    """The engine reads another adapter from the files than the trainer holds."""
+
+    code = "fidelity_adapter"
 
 
 def check_rendering(store: Store, job: Job, base: Base, inputs: Inputs) -> str:
@@ -110,9 +122,37 @@ def check_scores(
         precision=coarser,
     )
     # Written so that a number that is none fails.
-    if not (every.max() <= fidelity.tolerance and every.mean() <= fidelity.tolerance * MEAN_SHARE):
+    if not (every.max() <= fidelity.tolerance and every.mean() <= MEAN_TOLERANCE[coarser]):
         raise ScoresDiffer(_first_difference(base, rows, trained, served, fidelity))
     return fidelity
+
+
+def check_factors(adapter: Path, trained: Mapping[str, tuple["Tensor", "Tensor"]]) -> None:
+    """Compare what the engine reads from an adapter's folder with `trained`, as `trainer_factors` gives it.
+
+    Coarse precisions hide small faults from `check_scores`; none can hide from this.
+
+    Raises:
+        AdapterDiffers: some layer is another, or scaled otherwise.
+        AdapterRejected: the engine cannot read the folder for these layers.
+    """
+    import torch
+
+    from tuneloom.engine.adapter_files import read_adapter
+
+    shapes = {name: (b.shape[1], a.shape[1]) for name, (a, b) in trained.items()}
+    rank = max(a.shape[0] for a, _ in trained.values())
+    read = read_adapter(adapter, shapes, max_rank=rank, dtype=torch.float32).factors
+    if missing := sorted(trained.keys() - read.keys()):
+        raise AdapterDiffers(f"The files of the adapter lack the trained layer `{missing[0]}`. {_AGAIN}")
+    for name, pair in trained.items():
+        for side, ours, theirs in zip("AB", pair, read[name], strict=True):
+            difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
+            if not difference <= FACTOR_TOLERANCE * largest:
+                raise AdapterDiffers(
+                    f"`lora_{side}` of `{name}`, scaled, is read from the adapter's files with a difference of "
+                    f"{difference:.3g}, where the largest number is {largest:.3g}. {_AGAIN}"
+                )
 
 
 def sentence(fidelity: Fidelity) -> str:
@@ -219,7 +259,7 @@ def _first_difference(
     codec = Codec.load(base.path)
     told = (
         f"over {fidelity.tokens} learned tokens the mean difference is {fidelity.mean_difference:.3g}, and it may be "
-        f"{fidelity.tolerance * MEAN_SHARE:.3g}"
+        f"{MEAN_TOLERANCE[fidelity.precision]:.3g}"
     )
     for row, ours, theirs in zip(rows, trained, served, strict=True):
         for place, our, their in zip(row.places, ours, theirs, strict=True):
@@ -233,6 +273,7 @@ def _first_difference(
     return _SERVED_OTHERWISE.format(told)
 
 
+_AGAIN = "It would not be served as it was trained, so no version was made of it. Train it again."
 _SERVED_OTHERWISE = (
     "The adapter would not be served as it was trained, so no version was made of it: {}. Train it again; if it fails "
     "again, choose other settings for the base's engine (`dtype`, `quantization`, `native`) or for the run "

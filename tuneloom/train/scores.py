@@ -1,11 +1,12 @@
-"""What the trainer's model thinks of rows: log-probabilities of learned tokens, as training computes them."""
+"""What the trainer's model thinks of rows, as training computes it, and the adapter that it thinks so with."""
 
-# Shapes: T tokens of a row · K places of learned tokens · V vocabulary
+# Shapes: T tokens of a row · K places of learned tokens · V vocabulary · I inputs, O outputs of a layer · R rank
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tuneloom.train.sample import Scored
 
@@ -35,3 +36,16 @@ def _score(trainer: Any, model: Any, row: Scored) -> list[float]:
         logits_KV = model(**inputs, use_cache=False, logits_to_keep=places_K - 1).logits[0]
     chosen_K = logits_KV.float().log_softmax(-1).gather(-1, ids_T[places_K][:, None])
     return chosen_K.squeeze(-1).tolist()
+
+
+def trainer_factors(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (R, I), and B transposed and scaled (R, O), of each adapted layer by its name in the base; in fp32 on the host.
+
+    `model` is a PEFT model with one adapter.
+    """
+    found = {}
+    for name, module in model.get_base_model().named_modules():
+        if "default" in getattr(module, "lora_A", ()):
+            a_RI, b_OR = (side["default"].weight.detach().cpu().float() for side in (module.lora_A, module.lora_B))
+            found[name] = (a_RI.clone(), b_OR.t() * module.scaling["default"])
+    return found
