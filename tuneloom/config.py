@@ -156,6 +156,9 @@ class TrainSettings(Section):
     num_gpus: float = Field(0, ge=0)
     threads: int = Field(0, ge=0, description="0: all cores")
     niceness: int = Field(10, ge=0, le=19, description="how far training steps back behind serving on the same cores")
+    scheduling: Literal["nice", "batch", "idle"] = Field(
+        "nice", description="Linux's class for training: by `niceness` alone, for work in bulk, or only with idle cores"
+    )
     checkpoint_interval_s: float = Field(120.0, gt=0)
     checkpoints_kept: int = Field(3, ge=1)
     upload_states: Literal["auto"] | bool = Field(

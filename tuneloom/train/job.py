@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tuneloom.config import Settings, load
+from tuneloom.config import Settings, TrainSettings, load
 from tuneloom.domain import Progress
 from tuneloom.store import Store
 from tuneloom.train.attempt import run_attempt, run_folder, stop_file
@@ -145,8 +145,17 @@ def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
 def worker(config: dict[str, Any]) -> str:
     """What runs in the worker process. It steps back so that requests served beside it keep their latency."""
     settings = load(config["home"])
-    os.nice(max(0, settings.train.niceness - os.nice(0)))
+    step_back(settings.train)
     return run_attempt(settings, config["job_id"], config["attempt"], _notice())
+
+
+def step_back(train: TrainSettings) -> None:
+    """Lower the priority of this thread, and of all that it starts from here on."""
+    os.nice(max(0, train.niceness - os.nice(0)))
+    # Only Linux has these classes.
+    policy = {"batch": "SCHED_BATCH", "idle": "SCHED_IDLE"}.get(train.scheduling, "")
+    if hasattr(os, policy or "-"):
+        os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
 
 
 def _notice() -> threading.Event:
