@@ -124,3 +124,29 @@ def test_a_signal_saves_the_state_and_ends(lab: Lab, start: Callable[..., subpro
     assert lab.progress(job.id).outcome is None
     assert lab.checkpoint_steps(job.id) != before
     wait_until(lambda: not worker_pids(), timeout_s=30)
+
+
+def test_a_node_that_will_be_taken_away_is_left_with_the_state_saved(
+    lab: Lab, start: Callable[..., subprocess.Popen]
+) -> None:
+    """The last of this module: nothing starts on the node afterwards."""
+    import ray
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32"), n_epochs=50)
+    driver = start(TUNELOOM_JOB=job.id, TUNELOOM_ATTEMPT="1")
+    wait_until(lambda: driver.poll() is not None or lab.progress(job.id).logged_step >= 2)
+    context = ray.get_runtime_context()
+    deadline_ms = int((time.time() + 120) * 1000)
+    reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    client = GcsClient(address=context.gcs_address)
+    accepted, why = client.drain_node(context.get_node_id(), reason, "reclaimed", deadline_ms)
+    assert accepted, why
+    output, _ = driver.communicate(timeout=100)
+
+    assert driver.returncode == 0, output
+    progress = lab.progress(job.id)
+    assert (progress.outcome, progress.error) == ("paused", None)
+    assert progress.step < 300
+    assert lab.checkpoint_steps(job.id)[-1] == progress.step
