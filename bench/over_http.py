@@ -63,14 +63,14 @@ def open_cluster(home: Path, setup: Setup, refs: list[AdapterRef]) -> Iterator[S
     config = {"gateway": {"port": 0}, "bases": [{"id": DEFAULT_BASE, "engine": engine}]}
     (home / "config.yaml").write_text(yaml.safe_dump(config))
     try:
-        _tuneloom(home, "up")
+        tuneloom(home, "up")
         for i, ref in enumerate(refs):
-            _tuneloom(home, "models", "import", ref.uri, "--name", f"a{i}")
+            tuneloom(home, "models", "import", ref.uri, "--name", f"a{i}")
         state = cluster.read_state(home)
         assert state is not None
         yield Server(state.api_url, (home / "admin-key").read_text().strip(), home)
     finally:
-        _tuneloom(home, "down")
+        tuneloom(home, "down")
 
 
 def main(arguments: list[str] | None = None) -> Report:
@@ -173,7 +173,7 @@ async def _complete(client: httpx.AsyncClient, model: str, prompt: list[int], ne
     return usage
 
 
-def _tuneloom(home: Path, *arguments: str) -> None:
+def tuneloom(home: Path, *arguments: str) -> None:
     environment = {**os.environ, "TUNELOOM_HOME": str(home)}
     command = [sys.executable, "-m", "tuneloom.cli", *arguments]
     done = subprocess.run(

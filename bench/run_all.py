@@ -23,6 +23,8 @@ SCRIPTS = (
     "prefix",
     "fairness",
     "hot_swap",
+    "beside",
+    "estimate",
     "soak",
     "validate",
 )
