@@ -12,9 +12,9 @@ from tuneloom.domain import JobSpec, TrainOptions
 from tuneloom.errors import InvalidFile
 from tuneloom.rows import Scan
 from tuneloom.train import data
+from tuneloom.train import reader as reader_module
 from tuneloom.train.data import (
     PreferenceTokens,
-    RowReader,
     Tokens,
     TokensBuilder,
     held_out,
@@ -23,6 +23,7 @@ from tuneloom.train.data import (
     save_tokens,
     split,
 )
+from tuneloom.train.reader import RowReader
 from tuneloom.train.render import Example, PreferenceExample, Renderer
 
 
@@ -63,7 +64,7 @@ def test_rows_in_batches_are_the_rows_one_by_one(renderer: Renderer, monkeypatch
     rows = [*colour_rows(30), {"messages": [{"role": "assistant", "content": "no"}]}, *colour_rows(5)]
     together, alone = reader(renderer), reader(renderer)
     batched = list(together.examples(as_file(rows)))
-    monkeypatch.setattr(data, "BATCH_ROWS", 1)
+    monkeypatch.setattr(reader_module, "BATCH_ROWS", 1)
     assert list(alone.examples(as_file(rows))) == batched
     assert [line for line, _ in batched] == [*range(1, 31), *range(32, 37)]
     assert together.scan.problems == alone.scan.problems and together.scan.problems[0].line == 31

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tuneloom.rows import Scan
-from tuneloom.train.data import RowReader
+from tuneloom.train.reader import RowReader
 from tuneloom.train.render import Example, PreferenceExample
 from tuneloom.train.report import MAX_PAIRS, FileReport, Tally, Totals, notes_of, notes_of_overlap
 

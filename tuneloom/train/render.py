@@ -22,6 +22,11 @@ class Example:
     prompt_length: int = 0
 
     @property
+    def parts(self) -> tuple["Example", ...]:
+        """The sequences that are forwarded for the row."""
+        return (self,)
+
+    @property
     def num_answers(self) -> int:
         """Stretches of learned tokens, one for each answer."""
         return bytes([0, *self.learned]).count(b"\0\1")
@@ -47,6 +52,11 @@ class PreferenceExample:
 
     chosen: Example
     rejected: Example
+
+    @property
+    def parts(self) -> tuple[Example, ...]:
+        """The sequences that are forwarded for the row."""
+        return self.chosen, self.rejected
 
     @property
     def prompt_length(self) -> int:

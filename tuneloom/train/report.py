@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tuneloom.train.data import RowReader, parts_of
+from tuneloom.train.reader import RowReader
 from tuneloom.train.render import Example, Rendered
 
 MAX_PAIRS = 10
@@ -93,7 +93,7 @@ class Tally:
         self._rows, self._prompts = array("Q"), array("Q")
 
     def add(self, line: int, example: Rendered) -> None:
-        parts = parts_of(example)
+        parts = example.parts
         self._lines.append(line)
         self._longest.append(max(len(part.ids) for part in parts))
         self._tokens.append(sum(len(part.ids) for part in parts))
