@@ -17,8 +17,9 @@ from tuneloom.engine.memory import Room
 from tuneloom.rows import Scan
 from tuneloom.store.artifacts import Manifest, read_manifest
 from tuneloom.train import models
-from tuneloom.train.attempt import run_attempt, run_folder
+from tuneloom.train.attempt import run_attempt
 from tuneloom.train.data import Tokens, load_tokens, save_tokens, tokens_name
+from tuneloom.train.folders import run_folder
 from tuneloom.train.render import Renderer
 from tuneloom.train.sample import SCORED_PLACES, SCORED_TOKENS, pick_rows, pick_scored
 

@@ -22,9 +22,12 @@ from tuneloom.train.checkpoints import Checkpoints, SavedState
 from tuneloom.train.deaths import Deaths
 from tuneloom.train.failure import describe, is_out_of_memory
 from tuneloom.train.fidelity import check_factors, check_rendering, check_scores, sentence
+from tuneloom.train.fit import fit_plan
+from tuneloom.train.folders import run_folder, stop_file
 from tuneloom.train.inputs import Inputs, read_inputs
 from tuneloom.train.libraries import Libraries, import_libraries, release_memory
 from tuneloom.train.lineage import Witness
+from tuneloom.train.memory import free_room
 from tuneloom.train.meter import Meter
 from tuneloom.train.micro import smaller, with_micro_size
 from tuneloom.train.plan import Plan, make_plan, settings_text
@@ -67,16 +70,6 @@ class Learned:
     factors: dict[str, Any]
     scored: tuple[Scored, ...]
     scores: list[list[float]]
-
-
-def run_folder(settings: Settings, job_id: str) -> Path:
-    """Where a job keeps its tokens and states on this machine."""
-    return settings.home / "runs" / job_id
-
-
-def stop_file(settings: Settings, job_id: str, attempt: int) -> Path:
-    """It appears when the driver of an attempt is told to end."""
-    return run_folder(settings, job_id) / f"stop-a{attempt}"
 
 
 def run_attempt(settings: Settings, job_id: str, attempt: int, notice: threading.Event | None = None) -> Result:
@@ -150,6 +143,8 @@ def _train(run: Run) -> Result:
     has_bf16 = libraries.models.has_fast_bf16(use_gpu=train.num_gpus > 0)
     start = fetch_start(run.store.blobs, run.job.spec, run.folder / "start")
     plan = make_plan(run.job.spec, inputs.training, run.base, has_bf16=has_bf16, start=start)
+    room = free_room(use_gpu=train.num_gpus > 0, limit_bytes=train.memory_bytes)
+    plan = fit_plan(plan, run.job.spec.options, run.base, room, run.voice.progress().settings)
     plan = _fit(run, plan)
     while True:
         run.voice.say(total_steps=plan.total_steps, resolved=plan.hyperparameters, settings=plan.settings)

@@ -33,8 +33,8 @@ from tuneloom.domain import (
 from tuneloom.errors import InvalidFile, InvalidRequest, TooLarge, TuneloomError
 from tuneloom.store import Store
 from tuneloom.store.names import find_start
-from tuneloom.train.attempt import run_folder
 from tuneloom.train.check import Check, Report
+from tuneloom.train.folders import run_folder
 
 REGISTER_TIMEOUT_S = 120.0
 POLL_S = 0.5

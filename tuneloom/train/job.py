@@ -16,8 +16,8 @@ from typing import Any
 from tuneloom.config import Settings, TrainSettings, load
 from tuneloom.domain import Progress
 from tuneloom.store import Store
-from tuneloom.train.attempt import run_attempt, run_folder, stop_file
 from tuneloom.train.failure import describe, worker_lost
+from tuneloom.train.folders import run_folder, stop_file
 from tuneloom.train.progress import HEARTBEAT_S, FenceLost, Voice
 from tuneloom.train.tail import Tail
 
@@ -144,6 +144,9 @@ def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
 
 def worker(config: dict[str, Any]) -> str:
     """What runs in the worker process. It steps back so that requests served beside it keep their latency."""
+    # Here, since the driver does without all that an attempt imports.
+    from tuneloom.train.attempt import run_attempt
+
     settings = load(config["home"])
     step_back(settings.train)
     return run_attempt(settings, config["job_id"], config["attempt"], _notice())
