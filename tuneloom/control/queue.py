@@ -21,6 +21,7 @@ LAUNCHING = "launching"
 UNSTARTED = frozenset({LAUNCHING, "starting"})
 USE_INTERVAL_S = 10.0
 WINDOW_S = 24 * 3600.0
+MAX_ENDED = 1000
 
 
 class Queue:
@@ -49,9 +50,10 @@ class Queue:
         """Each waiting job in order, with what it waits for; None: it is to start. Raises LauncherUnavailable."""
         now = self._clock()
         found = {stored.value.id: stored for stored in waiting}
+        jobs_waiting = [stored.value for stored in waiting]
         running = [stored.value for stored in self._records.jobs.query({"attempt_open": True})]
-        load = read_load(self._records, now, running, self._ended_by(now, running))
-        order = line([stored.value for stored in waiting], load, now)
+        load = read_load(self._records, now, running, [*self._ended_by(now, running), *jobs_waiting])
+        order = line(jobs_waiting, load, now)
         for job, reason in decide(order, load, self._settings, self._room(load, len(order))):
             yield found[job.id], reason
 
@@ -87,18 +89,19 @@ class Queue:
 
 
 def read_ended(records: Records, now: float) -> list[Job]:
-    """The jobs that have ended within the window."""
+    """The last jobs that have ended within the window."""
     bounds = Range(at_least=now - WINDOW_S)
-    return [stored.value for stored in records.jobs.query(order_by="finished_at", bounds=bounds)]
+    found = records.jobs.query(order_by="finished_at", descending=True, bounds=bounds, limit=MAX_ENDED)
+    return [stored.value for stored in found]
 
 
-def read_load(records: Records, now: float, running: Iterable[Job], ended: Iterable[Job]) -> Load:
-    """The load of these running jobs, and of what `read_ended` found and is paused or waits."""
+def read_load(records: Records, now: float, running: Iterable[Job], others: Iterable[Job]) -> Load:
+    """The load of these running jobs; `others` are those that have ended or wait, and count by what they have used."""
     open_attempts = [_running(records, job) for job in running]
-    resting = [s.value for state in ("paused", "queued") for s in records.jobs.query({"state": state})]
+    paused = [stored.value for stored in records.jobs.query({"state": "paused"})]
     used: dict[str, float] = defaultdict(float)
     served: dict[str, float] = {}
-    seen = {job.id: job for job in [*ended, *resting, *(attempt.job for attempt in open_attempts)]}
+    seen = {job.id: job for job in [*others, *paused, *(attempt.job for attempt in open_attempts)]}
     for job in seen.values():
         used[job.owner] += _used_s(job, now)
         if job.attempt:
@@ -111,7 +114,7 @@ def read_places(records: Records, settings: TrainSettings, now: float) -> dict[s
     """Where each waiting job stands, by its id."""
     waiting = [stored.value for stored in records.jobs.query({"state": "queued"}) if is_waiting(stored.value)]
     running = [stored.value for stored in records.jobs.query({"attempt_open": True})]
-    load = read_load(records, now, running, read_ended(records, now))
+    load = read_load(records, now, running, [*read_ended(records, now), *waiting])
     return places(line(waiting, load, now), load, settings, now)
 
 
