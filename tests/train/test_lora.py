@@ -115,11 +115,12 @@ def by_hand(base: Base, plan: Plan, tokens: Tokens) -> tuple[dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("passes", [1, 4])
+@pytest.mark.parametrize(("passes", "checkpointing"), [(1, False), (4, False), (1, True)])
 def test_the_loss_curve_and_the_adapter_are_those_of_rows_one_by_one(
-    base: Base, tokens: Tokens, tmp_path: Path, packing: bool, passes: int
+    base: Base, tokens: Tokens, tmp_path: Path, packing: bool, passes: int, checkpointing: bool
 ) -> None:
     plan = plan_for(base, tokens, packing=packing, passes=passes)
+    plan = replace(plan, gradient_checkpointing=checkpointing)
     expected, losses = by_hand(base, plan, tokens)
     found, log = train(base, plan, tokens, tmp_path)
     assert len(log.losses) == STEPS

@@ -81,7 +81,7 @@ def try_packing(model: PreTrainedModel) -> str | None:
         if ((found - expected).norm() / expected.norm()).item() <= _TOLERANCE.get(model.dtype, _TOLERANCE_16_BIT):
             return None
         reason = "rows end to end would change each other in this base"
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
         reason = f"this base does not take rows end to end ({str(error)[:100]})"
     finally:
         model.train(was_training)
@@ -100,7 +100,8 @@ def _states(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
 def _implementation(model: PreTrainedModel) -> str:
     if model.device.type == "cpu":
         return ATTENTION
-    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    has_kernel = model.dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
+    return "flash_attention_2" if has_kernel else "sdpa"
 
 
 def _attention(
