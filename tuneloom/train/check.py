@@ -18,7 +18,6 @@ from tuneloom.domain import File, JobError, JobSpec
 from tuneloom.errors import InvalidFile, TuneloomError
 from tuneloom.rows import Scan
 from tuneloom.store import Store, open_store
-from tuneloom.train.attempt import run_folder
 from tuneloom.train.data import (
     MAX_CACHED_BYTES,
     TOO_FEW_TO_SPLIT,
@@ -29,6 +28,7 @@ from tuneloom.train.data import (
     save_tokens,
     tokens_name,
 )
+from tuneloom.train.folders import run_folder
 from tuneloom.train.planned import Lengths, Planned, plan_run
 from tuneloom.train.render import Renderer
 from tuneloom.train.report import NOTHING, FileReport, Note, Overlap, Tally, Totals, notes_of, notes_of_overlap
@@ -202,6 +202,10 @@ def main() -> None:
     # transformers imports torch where it finds it: seconds and 260 MB that no tokenizer needs.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     settings = load(os.environ.get("TUNELOOM_HOME"))
+    # Rows are encoded on all cores, which may be those that serve.
+    os.nice(max(0, settings.train.niceness - os.nice(0)))
+    if settings.train.threads:
+        os.environ["RAYON_NUM_THREADS"] = str(settings.train.threads)
     store = open_store(settings)
     try:
         if (check_id := os.environ.get("TUNELOOM_FILE_CHECK")) is not None:
