@@ -2,13 +2,14 @@ import pytest
 
 from tuneloom.control import jobs
 from tuneloom.control.jobs import TRANSITIONS, UNFINISHED, History, apply
-from tuneloom.domain import TERMINAL, Hyperparameters, Job, JobError, JobSpec
+from tuneloom.domain import TERMINAL, Hyperparameters, Job, JobError, JobSpec, Usage
 from tuneloom.errors import Conflict
 
 STATES = [*UNFINISHED, *sorted(TERMINAL)]
 ERROR = JobError(code="x", message="x")
 EVENTS = [
     jobs.FilesAccepted(),
+    jobs.Waits("a free place"),
     jobs.Launched(5.0),
     jobs.Started(),
     jobs.Advanced(10, 99.0, Hyperparameters()),
@@ -78,3 +79,18 @@ def test_lines_of_one_history_sort_in_the_order_they_were_made():
     history = History(job("queued"), 1_800_000_000.123456)
     ids = [history.line(str(i)).id for i in range(200)]
     assert ids == sorted(ids)
+
+
+def test_what_a_job_waits_for_is_forgotten_once_it_runs_rests_or_ends():
+    waiting = apply(job("queued"), jobs.Waits("a free place"))
+    assert waiting.waiting_for == "a free place"
+    for event in (jobs.Launched(5.0), jobs.Paused(), jobs.Cancelled(5.0), jobs.Failed(5.0, ERROR)):
+        assert apply(waiting, event).waiting_for is None
+
+
+def test_what_a_run_has_taken_is_kept_when_nothing_new_is_known():
+    usage = Usage(tokens=1, steps=1, seconds=1.0, memory_bytes=1)
+    running = apply(job("running", attempt=1, attempt_open=True), jobs.Advanced(1, 1.0, None, usage=usage))
+    assert running.usage == usage
+    cancelled = apply(running, jobs.Cancelled(2.0))
+    assert apply(cancelled, jobs.Closed()).usage == usage

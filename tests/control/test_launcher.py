@@ -1,3 +1,4 @@
+import os
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,7 +7,9 @@ import pytest
 
 from tests.control.conftest import add_job
 from tests.control.fakes import ROOM
-from tuneloom.control.launcher import ENTRYPOINT, LauncherUnavailable, RayJobsLauncher
+from tuneloom.control.launcher import ENTRYPOINT, LauncherUnavailable, RayJobsLauncher, _free_memory, ray_room
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Status(StrEnum):
@@ -149,3 +152,48 @@ def test_after_a_lost_connection_a_new_client_is_made(client):
     client.failure = None
     assert launcher.observe("x").state == "unknown"
     assert len(made) == 2
+
+
+def test_the_room_is_that_of_the_cluster_or_unknown_if_it_does_not_answer():
+    assert RayJobsLauncher(lambda: None, Path("/home"), lambda: ROOM).room() is ROOM
+
+    def broken():
+        raise RuntimeError("the GCS is gone")
+
+    with pytest.raises(LauncherUnavailable, match="the GCS is gone"):
+        RayJobsLauncher(lambda: None, Path("/home"), broken).room()
+
+
+def test_free_memory_is_that_of_the_machine_or_of_its_control_group(tmp_path):
+    assert _free_memory(tmp_path, tmp_path) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert _free_memory(tmp_path, tmp_path) == 8000 * 1024
+    for name, text in (("max", "2000000"), ("current", "1500000"), ("stat", "anon 1\ninactive_file 300000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _free_memory(tmp_path, tmp_path) == 800_000
+    (tmp_path / "memory.max").write_text("max")
+    assert _free_memory(tmp_path, tmp_path) == 8000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([{"Alive": True, "Resources": {"CPU": 64.0}}], (7.5, 2.0, CORES, CORES)),
+        (
+            [
+                {"Alive": True, "Resources": {"CPU": 4.0}},
+                {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 2.0}},
+                {"Alive": False, "Resources": {"CPU": 32.0}},
+            ],
+            (7.5, 2.0, 20, 16),
+        ),
+    ],
+)
+def test_the_cores_of_one_machine_are_counted_and_those_of_many_are_what_they_claim(monkeypatch, nodes, expected):
+    import ray
+
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 7.5, "GPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    found = ray_room()
+    assert (found.free_cpus, found.free_gpus, found.cores, found.node_cores) == expected
+    assert (found.free_memory_bytes is None) == (len(nodes) > 1)

@@ -205,7 +205,7 @@ def _changes(job: Job, event: JobEvent) -> dict[str, Any]:
                 "resolved": resolved,
             }
         case Failed(at, error):
-            return {"finished_at": at, "estimated_finish": None, "error": error}
+            return {"finished_at": at, "estimated_finish": None, "waiting_for": None, "error": error}
         case Cancelled(at):
             return {"finished_at": at, "estimated_finish": None, "waiting_for": None}
         case Paused():
