@@ -1,5 +1,7 @@
 """Rows as they are learned, held against serving: what is the same passes, and each way to differ is found."""
 
+import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from tests.templates import FAMILIES, write_family
 from tests.tiny import CHATML
 from tuneloom.engine.text import Codec
 from tuneloom.errors import InvalidRequest
-from tuneloom.rows import Conversation, Pair, Text
+from tuneloom.rows import Conversation, Pair, Scan, Text
+from tuneloom.serve.messages import read_messages
+from tuneloom.serve.tools import read_tools
 from tuneloom.train.render import Example, Renderer
 from tuneloom.train.rendering import Difference, Tally, compare
-from tuneloom.train.sample import MADE_UP, TOOL
+from tuneloom.train.sample import MADE_UP
 
 LIMIT = 512
 END_OF_TURN = 2
@@ -71,11 +75,21 @@ def test_plain_text_is_compared_too(row: Any, codec: Codec, renderer: Renderer):
     assert compared(row, renderer.render(row), codec).answers == 1
 
 
-def test_what_is_null_in_a_tool_counts_as_not_given(codec: Codec, renderer: Renderer):
-    tool = {**TOOL, "function": {**TOOL["function"], "description": "what it does", "strict": None}}
-    row = Conversation((USER, YES), (tool,))
-    bare = {**tool, "function": {k: v for k, v in tool["function"].items() if v is not None}}
-    compared(row, renderer.render(Conversation((USER, YES), (bare,))), codec)
+@pytest.mark.parametrize("family", ["qwen", "mistral", "llama"])
+def test_tools_and_calls_are_learned_in_the_form_that_serving_reads(family: str, tiny_base: Path, tmp_path: Path):
+    folder = write_family(tmp_path / family, tiny_base, family)
+    codec, renderer = Codec.load(folder), Renderer.load(folder)
+    call = {"function": {"arguments": "{}", "name": "weather"}, "type": "function", "id": "call00001"}
+    function = {"parameters": {"type": "object"}, "strict": None, "name": "weather", "description": None}
+    line = {
+        "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": [{"function": function, "type": "function"}],
+    }
+    scan = Scan()
+    ((_, row),) = scan.rows(io.BytesIO(json.dumps(line).encode()))
+    assert compared(row, renderer.render(row), codec).answers == 1
+    asked = Conversation((*read_messages(line["messages"]),), read_tools(line["tools"]))
+    assert renderer.render(asked).ids == renderer.render(row).ids
 
 
 def test_learning_everything_is_no_difference(codec: Codec, tiny_base: Path):

@@ -348,7 +348,9 @@ def _part_text(part: Mapping[str, Any]) -> str:
 
 
 def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(call.get("function", {}))
+    given = call.get("function", {})
+    # Templates write a call in the order of its keys, and a grammar makes it in this one.
+    function = {key: given[key] for key in ("name", "arguments") if key in given}
     if isinstance(function.get("arguments"), str):
         try:
             # Clients send nothing for a call without arguments.

@@ -94,10 +94,9 @@ def _served(
 ) -> tuple[list[int], list[list[int]]]:
     """The ids of a whole row, and those before each answer that is to be learned, as serving makes them."""
     if isinstance(row, Conversation):
-        tools = tuple(map(_as_sent, row.tools))
-        whole, _ = serving.encode_training(row.messages, tools)
+        whole, _ = serving.encode_training(row.messages, row.tools)
         answers = [at for at, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") != 0]
-        return whole, [serving.encode_chat(row.messages[:at], tools) for at in answers if at]
+        return whole, [serving.encode_chat(row.messages[:at], row.tools) for at in answers if at]
     if isinstance(row, Pair):
         prompt = serving.encode_text(row.prompt)
         # A completion is generated behind its prompt, and may be cut into tokens in any way.
@@ -140,8 +139,3 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     """How many ids both begin with."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _as_sent(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as serving reads it from a request: what is null counts as not given."""
-    return {**tool, "function": {key: value for key, value in tool["function"].items() if value is not None}}
