@@ -159,13 +159,19 @@ def finished(store):
 
 
 def test_the_speed_of_a_finished_job_is_kept_apart_from_what_goes_by_beside_its_steps(store, finished):
-    found = estimate(planned(2000, evaluated_tokens=500), [], PLAIN)
+    found = estimate(planned(2000, evaluated_tokens=500), [speed(100, 9.0)], PLAIN)
     job = finished.model_copy(update={"estimate": found})
     store.records.commit(*learn_speed(store.records, job, PLAIN, now=5.0))
     (kept,) = read_speeds(store.records, kind_of(job.spec, (), PLAIN))
     assert (kept.seconds, kept.fixed_s, kept.tokens, kept.evaluated_tokens) == (50.0, 30.0, 1000, 250)
     assert kept.estimated_s == found.seconds
     assert learn_speed(store.records, job, PLAIN, now=6.0) == []
+
+
+def test_how_far_a_guess_was_off_is_not_held_against_later_estimates(store, finished):
+    job = finished.model_copy(update={"estimate": estimate(planned(2000), [], PLAIN)})
+    store.records.commit(*learn_speed(store.records, job, PLAIN, now=5.0))
+    assert read_speeds(store.records, kind_of(job.spec, (), PLAIN))[0].estimated_s is None
 
 
 def test_interrupted_jobs_and_those_of_one_step_teach_nothing(store, finished):

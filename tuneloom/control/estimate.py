@@ -17,6 +17,7 @@ from tuneloom.store.base import Write
 from tuneloom.store.records import Records
 
 DOES_NOT_FIT = "does_not_fit"
+GUESS = "no job like it yet: a guess by the size of the base"
 MAX_SPEEDS = 20
 SCORED_SHARE = 1 / 3
 # Steps from half to twice the tokens count as alike: small ones cost more per token.
@@ -91,7 +92,7 @@ def estimate(planned: Planned, speeds: Sequence[Speed], settings: TrainSettings)
         prior = GPU if settings.num_gpus else CPU
         # Weights are stored in 16 bits, or nearly so for their number.
         seconds = prior.fixed_s + prior.s_per_token_and_parameter * work * planned.base_bytes / 2
-        factor, based_on = prior.factor, "no job like it yet: a guess by the size of the base"
+        factor, based_on = prior.factor, GUESS
     low, high = seconds / factor, seconds * factor
     return Estimate(
         tokens=planned.tokens,
@@ -167,7 +168,8 @@ def learn_speed(records: Records, job: Job, settings: TrainSettings, now: float)
         seconds=usage.seconds,
         fixed_s=max(0.0, usage.seconds - training_s),
         memory_bytes=usage.memory_bytes,
-        estimated_s=job.estimate.seconds if job.estimate else None,
+        # How far a guess was off says nothing of estimates that were made from jobs.
+        estimated_s=job.estimate.seconds if job.estimate and job.estimate.based_on != GUESS else None,
     )
     return [records.speeds.create(speed)]
 

@@ -157,7 +157,7 @@ class Speed(Record):
     """How fast a job ran that was never interrupted; its id is the job id. Estimates of later jobs are made from it.
 
     `kind` names what speed depends on: base, method, number formats, device. Of `seconds`, `fixed_s` went by before
-    the first step and after the last. `estimated_s` is what had been estimated.
+    the first step and after the last. `estimated_s` is what had been estimated from other jobs.
     """
 
     collection: ClassVar[str] = "speeds"
