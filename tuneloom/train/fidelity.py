@@ -29,10 +29,10 @@ from tuneloom.train.sample import MADE_UP, Scored, kinds_of, parts_of, pick_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How far log-probabilities may be apart, one of them and all on average, by the coarser of the two precisions. About
-# four times what was measured over tiny random bases and SmolLM2-135M-Instruct, twice for NF4; see docs/training.md.
-TOLERANCE = {"fp32": 0.01, "bf16": 1.0, "int8": 4.0, "nf4": 12.0}
-MEAN_TOLERANCE = {"fp32": 0.001, "bf16": 0.2, "int8": 0.6, "nf4": 1.5}
+# How far log-probabilities may be apart, one of them and all on average, by the coarser of the two precisions. More than
+# twice what was measured over tiny random bases and SmolLM2-135M-Instruct; see docs/training.md.
+TOLERANCE = {"fp32": 0.01, "bf16": 2.0, "int8": 4.0, "nf4": 12.0}
+MEAN_TOLERANCE = {"fp32": 0.001, "bf16": 0.3, "int8": 0.6, "nf4": 1.5}
 PRECISIONS = tuple(TOLERANCE)
 # Numbers of an adapter that are scaled by the trainer and by the engine, as shares of the largest: a rounding of fp32.
 FACTOR_TOLERANCE = 1e-6
