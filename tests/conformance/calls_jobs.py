@@ -280,8 +280,12 @@ def jobs_cancel_finished(session: Session) -> None:
 
 def jobs_create_on_tuned(session: Session) -> None:
     name, file = session.earlier("finished").fine_tuned_model, session.earlier("file").id
-    create = session.client.fine_tuning.jobs.create
-    fails(openai.BadRequestError, lambda: create(model=name, training_file=file), param="model")
+    jobs = session.client.fine_tuning.jobs
+    job = jobs.create(model=name, training_file=file)
+    is_a(job, FineTuningJob)
+    same("model", job.model, name)
+    same("status once cancelled", jobs.cancel(job.id).status, "cancelled")
+    fails(openai.NotFoundError, lambda: jobs.create(model=f"{name}x", training_file=file), param="model")
 
 
 def _conflict(session: Session, job_id: str, code: str) -> None:

@@ -224,10 +224,13 @@ export async function jobs_result_file(session) {
 
 export const jobs_cancel_finished = (session) => conflict(session, session.earlier('finished').id, 'succeeded');
 
-export const jobs_create_on_tuned = (session) =>
-  fails(OpenAI.BadRequestError, () => ask(session, { model: session.earlier('finished').fine_tuned_model }), {
-    param: 'model',
-  });
+export async function jobs_create_on_tuned(session) {
+  const model = session.earlier('finished').fine_tuned_model;
+  const job = await ask(session, { model });
+  same('model', job.model, model);
+  same('status once cancelled', (await session.client.fineTuning.jobs.cancel(job.id)).status, 'cancelled');
+  await fails(OpenAI.NotFoundError, () => ask(session, { model: `${model}x` }), { param: 'model' });
+}
 
 /** Cancelling is refused, and the client, which retries conflicts, is told not to. */
 async function conflict(session, id, code) {
