@@ -84,8 +84,8 @@ class Report:
             [m.name, f"{m.median:.4g}", f"{min(m.values):.4g}", f"{max(m.values):.4g}", str(len(m.values)), m.unit]
             for m in self.measures
         ]
-        lines += _table(["measured", "median", "least", "most", "times", "unit"], rows)
-        lines += _table(["result", "value", "wanted", ""], [_result_row(ratio) for ratio in self.ratios])
+        lines += table(["measured", "median", "least", "most", "times", "unit"], rows)
+        lines += table(["result", "value", "wanted", ""], [_result_row(ratio) for ratio in self.ratios])
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -106,7 +106,8 @@ def _result_row(ratio: Ratio) -> list[str]:
     return [ratio.name, f"{ratio.value:.3g}{ratio.unit}", wanted, verdict]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table with aligned columns, after an empty one."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return [
         "",

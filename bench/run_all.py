@@ -27,6 +27,8 @@ SCRIPTS = (
     "estimate",
     "soak",
     "validate",
+    "overhead",
+    "kills",
 )
 
 

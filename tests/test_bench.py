@@ -1,7 +1,9 @@
 """Each script of the benchmark runs, on a tiny base and with tiny sizes; the numbers are for quiet machines."""
 
+import itertools
 import json
 import os
+import random
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import fairness, hot_swap, run_all, vllm_side
+from bench import fairness, hot_swap, kills, overhead, run_all, vllm_side
 from bench.inputs import Work
 from bench.report import Report
 from bench.work import work_flops
@@ -47,7 +49,7 @@ def test_a_script_measures_and_writes_what_it_found(script: str, tiny_base: Path
 
 def test_every_script_is_run_for_the_results():
     # Those with a cluster of their own take minutes.
-    assert {*SCRIPTS, "over_http", "beside", "estimate"} == set(run_all.SCRIPTS)
+    assert {*SCRIPTS, "over_http", "beside", "estimate", "overhead", "kills"} == set(run_all.SCRIPTS)
 
 
 def test_the_results_page_has_every_ratio_its_bar_and_its_conditions(tmp_path: Path):
@@ -85,3 +87,15 @@ def test_the_other_sides_options_are_read_before_vllm_is_loaded(capsys):
     with pytest.raises(SystemExit):
         vllm_side.main(["--help"])
     assert "--eager" in capsys.readouterr().out
+
+
+def test_points_of_kills_have_a_checkpoint_between_them():
+    for seed in range(50):
+        points = kills._points(random.Random(seed), 5)
+        gaps = [after - before for before, after in itertools.pairwise([0, *points, kills.TOTAL_STEPS])]
+        assert min(gaps[1:-1]) >= kills.MIN_GAP and points[0] > 0 and gaps[-1] > kills.CHECKPOINT_STEPS
+
+
+def test_the_time_of_a_stage_that_was_not_seen_is_that_of_the_one_before():
+    marks = [("a", 1.0), ("b", 2.0), ("c", None), ("d", 7.0), ("", 9.5)]
+    assert overhead._spans(marks) == {"a": 1.0, "b": 5.0, "c": 0.0, "d": 2.5}
