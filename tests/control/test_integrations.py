@@ -31,6 +31,12 @@ def test_a_project_that_nothing_can_log_to_is_refused(api):
     assert response.json()["error"]["code"] == "unsupported_parameter"
 
 
+def test_a_folder_of_that_name_is_no_package(api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "site" / "wandb").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert_error(create(api, [wandb(project="p")]), 400, "integrations", "is not installed")
+
+
 @pytest.mark.parametrize("nothing", [None, []])
 def test_no_project_needs_no_package(api, nothing):
     assert create(api, nothing).json()["integrations"] == []

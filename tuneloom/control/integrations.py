@@ -36,7 +36,7 @@ def wandb_of(integrations: Integrations | None) -> tuple[WandbIntegration, ...]:
     Raises:
         UnsupportedParameter: it could not, for want of the package.
     """
-    if integrations and importlib.util.find_spec("wandb") is None:
+    if integrations and not _has_wandb():
         raise UnsupportedParameter(
             "`integrations` of the type `wandb` are not supported here: the package `wandb` is not installed. Install "
             "it where jobs train, with WANDB_API_KEY in the environment of `tuneloom up`, or leave the field out; "
@@ -47,6 +47,12 @@ def wandb_of(integrations: Integrations | None) -> tuple[WandbIntegration, ...]:
         WandbIntegration(project=one.project, name=one.name, entity=one.entity, tags=tuple(one.tags or ()))
         for one in (each.wandb for each in integrations or ())
     )
+
+
+def _has_wandb() -> bool:
+    # The package leaves folders of its own name behind, which are found as packages without a file.
+    spec = importlib.util.find_spec("wandb")
+    return spec is not None and spec.origin is not None
 
 
 def show_integrations(wandb: tuple[WandbIntegration, ...]) -> list[dict[str, Any]]:
