@@ -26,7 +26,7 @@ def fit_plan(plan: Plan, options: TrainOptions, base: Base, room: Room, before: 
     for smallest in _choices(plan, options, base, room):
         if fits(plan_memory(base, smallest), room):
             return smallest
-    check_fits(base, plan_memory(base, smallest), room)
+    check_fits(base, smallest, room)
     raise AssertionError("the smallest choice has just been found too large")
 
 

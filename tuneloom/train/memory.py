@@ -83,16 +83,18 @@ def plan_memory(base: Base, plan: Plan) -> MemoryPlan:
     return MemoryPlan(items)
 
 
-def check_fits(base: Base, memory: MemoryPlan, room: Room) -> None:
+def check_fits(base: Base, plan: Plan, room: Room) -> None:
     """Raises InvalidRequest if there is less free than a run needs; the message has the arithmetic."""
+    memory = plan_memory(base, plan)
     if fits(memory, room):
         return
     terms = " + ".join(f"{item.name} {gigabytes(item.size_bytes)} ({item.detail})" for item in memory.items)
+    quantise = "`tuneloom.quantization` `nf4`, " if plan.quantization == "none" else ""
     raise InvalidRequest(
         f"The run does not fit into the memory of {room.device}: {terms} = {gigabytes(memory.total_bytes)}, and there "
         f"are {gigabytes(int(room.device_bytes * MEMORY_SHARE))} ({MEMORY_SHARE:g} of {gigabytes(room.device_bytes)} "
-        f"free). Use shorter rows (`tuneloom.max_length`), `tuneloom.quantization` `nf4`, a smaller base than "
-        f"`{base.id}`, or a larger machine.",
+        f"free). Use shorter rows (`tuneloom.max_length`), {quantise}a smaller base than `{base.id}`, or a larger "
+        "machine.",
         code="out_of_memory",
     )
 
@@ -142,7 +144,7 @@ def _activations(sizes: _Sizes, plan: Plan, tokens: int) -> MemoryItem:
         a_token *= QUANTISED_KEEPS
     a_layer = a_token / layers
     if plan.gradient_checkpointing:
-        a_token = layers * sizes.hidden * width + (LAYERS_AGAIN - 1) * a_layer
+        a_token = layers * sizes.hidden * width + (min(LAYERS_AGAIN, layers) - 1) * a_layer
     # Masks of attention, as truth values and as numbers.
     masks = tokens * plan.longest_row * (1 + width)
     size = tokens * (a_token + a_layer) + masks
