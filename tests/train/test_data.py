@@ -1,11 +1,13 @@
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.tiny import CHATML
 from tests.train.conftest import Lab, colour_rows
 from tuneloom.bases import get_base
 from tuneloom.domain import JobSpec, TrainOptions
@@ -106,6 +108,27 @@ def test_a_cut_that_leaves_nothing_to_learn_is_refused_by_name(renderer: Rendere
     (problem,) = reading.scan.problems
     assert problem.line == 1 and "nothing that is learned is among the first 24" in problem.message
     assert reading.unlearnable_rows == 1
+
+
+def test_answers_that_the_template_rewrites_are_counted_and_not_learned(tiny_base: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    # Of questions before the last one only the length is shown, so that what came before the first answer changes.
+    last_question = (
+        "{% set seen = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{% set seen.last = loop.index %}{% endif %}{% endfor %}"
+    )
+    shown = "{{ m['content'] | length if m['role'] == 'user' and loop.index < seen.last else m['content'] }}"
+    (base / "chat_template.jinja").write_text(last_question + CHATML.replace("{{ m['content'] }}", shown))
+    rewriting = Renderer.load(base)
+    first, last = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
+    user = {"role": "user", "content": "red?"}
+    rows = [{"messages": [user, first, user, last]}, {"messages": [user, {**first, "weight": 0}, user, last]}]
+    reading = reader(rewriting)
+    examples = [example for _, example in reading.examples(as_file(rows))]
+    assert reading.missed_answers == 1
+    assert [example.num_answers for example in examples if isinstance(example, Example)] == [1, 1]
+    plain = reader(Renderer.load(tiny_base))
+    assert len(list(plain.examples(as_file(rows)))) == 2 and plain.missed_answers == 0
 
 
 def test_preferences_are_cut_on_both_sides_and_refused_where_they_become_the_same(renderer: Renderer) -> None:

@@ -150,7 +150,8 @@ class ProcessChecker:
             self.forget(job_id)
             return _failure(
                 "file_check_timeout",
-                f"Checking the files took longer than {self._timeout_s:.0f} s. Use smaller files.",
+                f"Checking the files took longer than {self._timeout_s:.0f} s. Use smaller files, or a larger "
+                "`control.check_timeout_s`.",
             )
         report = _read(run)
         self._drop(job_id)
