@@ -204,6 +204,7 @@ def test_the_same_adapter_comes_again_and_leaves_no_model(
     assert "Step 3/3" in shell.out
     assert shell("models", "list") == 0
     assert "colours@v1 *" in shell.out and "reproduce" not in shell.out
+    assert " of 0.01 " in shell.out, "the list tells of the fidelity"
     assert len(shell.out.splitlines()) == 2
 
 

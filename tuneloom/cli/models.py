@@ -49,11 +49,12 @@ def list_models(
             version.base,
             str(version.adapter.rank),
             datetime.fromtimestamp(version.created_at, UTC).strftime("%Y-%m-%d %H:%M"),
+            _fidelity(version),
             version.ft_name,
         ]
         for version in versions
     ]
-    print_rows(["model", "base", "rank", "created", "also called"], rows)
+    print_rows(["model", "base", "rank", "created", "fidelity", "also called"], rows)
 
 
 @app.command()
@@ -298,16 +299,21 @@ def _merge(
 
 
 def _version_row(version: "Version", has_lineage: bool, is_active: bool) -> list[str]:
-    fidelity = version.fidelity
     return [
         f"v{version.number}" + (" *" if is_active else ""),
         datetime.fromtimestamp(version.created_at, UTC).strftime("%Y-%m-%d %H:%M"),
         str(version.adapter.rank),
         version.job_id or "imported",
         "yes" if has_lineage else "no",
-        f"{fidelity.max_difference:.1g} of {fidelity.tolerance:g}" if fidelity else "-",
+        _fidelity(version),
         ", ".join(f"{key} {value:.4g}" for key, value in version.metrics.items()) or "-",
     ]
+
+
+def _fidelity(version: "Version") -> str:
+    """How far trainer and engine were apart at most, and how far they may be."""
+    found = version.fidelity
+    return f"{found.max_difference:.1g} of {found.tolerance:g}" if found else "-"
 
 
 def _split_pair(pair: str) -> tuple[str, str]:
