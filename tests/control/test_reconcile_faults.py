@@ -187,6 +187,9 @@ class World:
             # One attempt may have two processes after a power cut at its launch; the first to write fences the other.
             writers = {process.attempt for process in self.processes if process.job_id == job.id and process.can_write}
             assert len(writers) <= 1, "two attempts of a job that could both write"
+        assert sum(job.attempt_open for job in self.jobs()) <= SETTINGS.max_running_per_owner, (
+            "all jobs are one owner's"
+        )
         seen = {stored.value.id for stored in self.store.records.events.query()}
         assert self.events <= seen, "an event is lost"
         self.events = seen
