@@ -132,10 +132,15 @@ def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
 
 
 @pytest.mark.parametrize(
-    ("heading", "settings"), [("The engine's options", EngineSettings), ("Replicas", BaseSettings)]
+    ("file", "heading", "settings"),
+    [
+        ("engine.md", "The engine's options", EngineSettings),
+        ("engine.md", "Replicas", BaseSettings),
+        ("training.md", "Settings", TrainOptions),
+    ],
 )
-def test_the_engine_page_lists_every_option_with_its_default(heading, settings):
-    page = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+def test_a_page_lists_every_option_with_its_default(file, heading, settings):
+    page = (ROOT / "docs" / file).read_text(encoding="utf-8")
     (part,) = [part for part in re.split(r"^#+ ", page, flags=re.MULTILINE) if part.startswith(heading + "\n")]
     rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \| .+ \|$", part, re.MULTILINE)
     written = {name: yaml.safe_load(default) for name, default in rows}
