@@ -76,6 +76,16 @@ def test_it_outlives_an_error_and_stays_healthy(counter, caplog):
     loop.stop()
 
 
+def test_an_error_of_one_part_keeps_none_of_the_others_from_its_tick(counter):
+    failing = Counter()
+    failing.error = ValueError("its table is away")
+    loop = ControlLoop([failing, counter], lambda: None, 60.0)
+    loop.start()
+    wait_for(lambda: counter.ticks == 1)
+    assert failing.ticks == 1
+    loop.stop()
+
+
 def test_a_stuck_tick_and_an_ended_loop_are_unhealthy(counter):
     counter.hold.clear()
     loop = start(counter, stuck_after_s=0.05)
