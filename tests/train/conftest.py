@@ -152,6 +152,13 @@ class Lab:
         return sorted(stored.value.step for stored in self.store.records.checkpoints.query({"job_id": job_id}))
 
 
+@pytest.fixture(autouse=True)
+def ample_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others take of this machine's memory while a test kills a run says nothing of the run."""
+    monkeypatch.setattr("tuneloom.train.meter.SHORT_SHARE", 0.0)
+    monkeypatch.setattr("tuneloom.train.meter.oom_kills", lambda: 0)
+
+
 @pytest.fixture
 def lab(tmp_path: Path, tiny_base: Path) -> Iterator[Lab]:
     lab = Lab(tmp_path / "home", tiny_base)

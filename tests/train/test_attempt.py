@@ -14,8 +14,9 @@ from tests.train.conftest import BASE_ID, Lab, colour_rows
 from tuneloom.bases import get_base
 from tuneloom.domain import TrainOptions
 from tuneloom.store.artifacts import fetch_adapter, read_manifest
-from tuneloom.train.attempt import run_attempt, run_folder, stop_file
+from tuneloom.train.attempt import run_attempt
 from tuneloom.train.checkpoints import Checkpoints
+from tuneloom.train.folders import run_folder, stop_file
 
 Schedule = Callable[[int, Callable[[], None]], None]
 
@@ -96,9 +97,23 @@ def test_the_steps_before_a_state_are_told_before_it_is_kept(lab: Lab, monkeypat
     assert told == [(step, list(range(1, step + 1))) for step in (5, 6, 10, 12)]
 
 
-def test_a_killed_run_goes_on_to_the_very_same_adapter(lab: Lab, tmp_path: Path, at_step: Schedule) -> None:
-    options = TrainOptions(rank=4, precision="fp32", dropout=0.1, checkpoint_every_steps=4)
-    whole, broken = lab.add_job(options=options), lab.add_job(options=options)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"packing": False},
+        {"packing": True},
+        {"quantization": "nf4"},
+        {"quantization": "int8", "accumulation_steps": 2},
+        {"precision": "bf16", "scheduler": "cosine", "rslora": True},
+    ],
+    ids=lambda more: ",".join(f"{name}={value}" for name, value in more.items()),
+)
+def test_a_killed_run_goes_on_to_the_very_same_adapter(
+    lab: Lab, tmp_path: Path, at_step: Schedule, more: dict[str, Any]
+) -> None:
+    options = TrainOptions(**{"rank": 4, "precision": "fp32", "dropout": 0.1, "checkpoint_every_steps": 4, **more})
+    # Evaluations too, after which a run must be as if there had been none.
+    whole, broken = (lab.add_job(validation=colour_rows(6), options=options) for _ in range(2))
     run_attempt(lab.settings, whole.id, 1)
 
     def kill() -> None:
@@ -498,3 +513,13 @@ def test_a_disk_that_fills_up_fails_the_job_with_that_word_and_leaves_nothing(
     assert error is not None and error.code == "disk_full", error
     assert lab.checkpoint_steps(job.id) == [4]
     assert not run_folder(lab.settings, job.id).exists()
+
+
+def test_a_base_that_has_no_room_is_not_called_unreadable(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    job = lab.add_job()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(1 << 55))
+    assert run(lab, job.id) == "failed"
+    error = lab.progress(job.id).error
+    assert error is not None and error.code == "out_of_memory"

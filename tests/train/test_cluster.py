@@ -112,17 +112,21 @@ def test_a_killed_worker_goes_on_to_the_very_same_adapter(
     assert len(output.splitlines()) < 200
 
 
-def test_a_signal_saves_the_state_and_ends(lab: Lab, start: Callable[..., subprocess.Popen]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_state_and_ends(
+    lab: Lab, start: Callable[..., subprocess.Popen], number: signal.Signals
+) -> None:
     job = lab.add_job(options=TrainOptions(rank=4, precision="fp32"), n_epochs=50)
     driver = start(TUNELOOM_JOB=job.id, TUNELOOM_ATTEMPT="1")
     wait_until(lambda: driver.poll() is not None or lab.progress(job.id).logged_step >= 8)
     before = lab.checkpoint_steps(job.id)
-    driver.send_signal(signal.SIGINT)
+    driver.send_signal(number)
     output, _ = driver.communicate(timeout=60)
 
     assert driver.returncode == 143, output
     assert lab.progress(job.id).outcome is None
-    assert lab.checkpoint_steps(job.id) != before
+    # After SIGTERM there are but three seconds; the worker may be given its end while it saves.
+    assert lab.checkpoint_steps(job.id) != before or number is signal.SIGTERM
     wait_until(lambda: not worker_pids(), timeout_s=30)
 
 

@@ -171,9 +171,14 @@ def _notice() -> threading.Event:
     notice = threading.Event()
 
     def ask() -> None:
-        while ray.train.get_preemption_info() is None:
+        while not notice.is_set():
+            try:
+                if ray.train.get_preemption_info() is not None:
+                    notice.set()
+            except Exception:
+                # The process that is asked may be gone, or not be there yet; the run goes on without.
+                logger.warning("nobody tells whether this node will be taken away", exc_info=True)
             time.sleep(NOTICE_POLL_S)
-        notice.set()
 
     threading.Thread(target=ask, name="notice", daemon=True).start()
     return notice

@@ -19,7 +19,7 @@ from transformers import (
 
 from tuneloom.bases import Base
 from tuneloom.errors import InvalidRequest
-from tuneloom.train.failure import BaseUnreadable
+from tuneloom.train.failure import BaseUnreadable, is_out_of_memory
 from tuneloom.train.plan import Plan
 
 
@@ -42,9 +42,9 @@ def load_base(base: Base, plan: Plan, *, use_gpu: bool = False) -> PreTrainedMod
         how |= {"quantization_config": _quantised(plan, dtype), "device_map": "cuda:0" if use_gpu else "cpu"}
     try:
         model = AutoModelForCausalLM.from_pretrained(base.path, **how)
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # Whatever is wrong in the files shows here, as an error of any of four libraries.
         reason = f"{type(error).__name__}: {error}".replace(str(base.path), base.id)
         raise BaseUnreadable(
