@@ -55,7 +55,9 @@ class TrainOptions(BaseModel):
     )
     checkpoint_every_steps: int | None = Field(None, ge=1)
     checkpoint_every_minutes: float | None = Field(None, gt=0)
-    warm_start: str | None = Field(None, description="name of a Version or checkpoint whose adapter is trained on")
+    warm_start: str | None = Field(
+        None, min_length=1, description="name of a Version or checkpoint whose adapter is trained on"
+    )
 
 
 class WandbIntegration(BaseModel):
