@@ -171,6 +171,15 @@ def test_bf16_is_compared_within_its_own_tolerance(lab: Lab) -> None:
     assert found is not None and found.precision == "bf16" and 1e-4 < found.max_difference < 0.5
 
 
+def test_rows_that_are_held_out_or_cut_are_no_difference(lab: Lab) -> None:
+    rows = colour_rows(24)
+    for row in rows[::5]:
+        row["messages"][1]["content"] = "red green blue " * 20
+    options = TrainOptions(rank=4, precision="fp32", validation_share=0.25, long_rows="cut", max_length=48)
+    job = lab.add_job(rows, options=options, **FAST)
+    assert published(lab, job).fidelity is not None
+
+
 def test_what_a_coarse_precision_hides_is_found_in_the_files(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(folder: Path) -> None:
         path = folder / "adapter_config.json"

@@ -29,8 +29,8 @@ from tuneloom.train.sample import MADE_UP, Scored, kinds_of, parts_of, pick_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How far log-probabilities may be apart, one of them and all on average, by the coarser of the two precisions. More than
-# twice what was measured over tiny random bases and SmolLM2-135M-Instruct; see docs/training.md.
+# How far log-probabilities may be apart, one of them and all on average, by the coarser of the two precisions. More
+# than twice what was measured over tiny random bases and SmolLM2-135M-Instruct; see docs/training.md.
 TOLERANCE = {"fp32": 0.01, "bf16": 2.0, "int8": 4.0, "nf4": 12.0}
 MEAN_TOLERANCE = {"fp32": 0.001, "bf16": 0.3, "int8": 0.6, "nf4": 1.5}
 PRECISIONS = tuple(TOLERANCE)
@@ -75,7 +75,7 @@ def check_rendering(store: Store, job: Job, base: Base, inputs: Inputs) -> str:
     for each in picked:
         for side, part in enumerate(parts_of(each.row)):
             tokens = [_side(every, side) for every in (inputs.training, inputs.validation) if every is not None]
-            trained = _find(tokens, renderer.render(part), limit) or _numbered(tokens[0], each.number)
+            trained = _find(tokens, renderer.render(part), limit, each.number) or _numbered(tokens[0], each.number)
             with _named(f"line {each.line} of `{file.filename}`", serving):
                 compare(part, trained, serving, tally, limit=limit, learn_all=learn_all)
             tally.kinds.update(kinds_of(part))
@@ -168,14 +168,18 @@ def _side(tokens: Tokens | PreferenceTokens, side: int) -> Tokens:
     return (tokens.chosen, tokens.rejected)[side] if isinstance(tokens, PreferenceTokens) else tokens
 
 
-def _find(tokens: Sequence[Tokens], example: Example, limit: int) -> Example | None:
-    """The trained row that is `example`, or its beginning of `limit` tokens."""
+def _find(tokens: Sequence[Tokens], example: Example, limit: int, number: int) -> Example | None:
+    """The trained row that is `example`, or its beginning of `limit` tokens; looked for from its `number` in the file.
+
+    Rows that are held out move it towards the start.
+    """
     ids = np.array(example.ids[:limit], dtype=np.int32)
     for each in tokens:
-        for number in np.flatnonzero(each.lengths == len(ids)).tolist():
-            start = each.offsets[number]
+        alike = np.flatnonzero(each.lengths == len(ids))
+        for place in alike[np.argsort(np.abs(alike - number), kind="stable")].tolist():
+            start = each.offsets[place]
             if np.array_equal(each.ids[start : start + len(ids)], ids):
-                return _row(each, number)
+                return _row(each, place)
     return None
 
 
