@@ -128,3 +128,11 @@ def test_the_plan_of_the_trainer_is_what_is_estimated(api, working):
     assert found["estimate"]["memory_bytes"] > 100 << 20
     whole = working.ask(**body).json()
     assert whole["rows"] == 12 and whole["estimate"]["evaluated_tokens"] == 0
+
+
+def test_a_run_that_has_no_room_is_refused_with_the_arithmetic(api, working):
+    (api.settings.home / "config.yaml").write_text(f"train: {{memory_bytes: {4 << 20}}}\n")
+    answer = working.ask(training_file=api.upload(ROWS))
+    assert_error(answer, 400, None, "does not fit into the memory of a job")
+    assert answer.json()["error"]["code"] == "does_not_fit"
+    assert "base" in answer.json()["error"]["message"] and " = " in answer.json()["error"]["message"]
