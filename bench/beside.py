@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.inputs import Setup, open_setup, parser, prompts
-from bench.jobs import Service, open_service
+from bench.jobs import JOBS, Service, open_service
 from bench.machine import ForeignLoad, describe, enter_environment
 from bench.report import Report
 from tuneloom import cluster
@@ -92,11 +92,10 @@ def _beside(service: Service, setup: Setup, file: str, train: dict[str, Any], wi
 
 def _trained(service: Service, job: str) -> int:
     """Tokens learned so far, by the last step that was told."""
-    (event,) = service.call("GET", f"/v1/fine_tuning/jobs/{job}/events", params={"limit": 1})["data"]
-    shown = service.job(job)
-    steps = (event["data"] or {}).get("step", 0)
-    estimate = shown["tuneloom"]["estimate"]
-    return round(steps * estimate["tokens"] / estimate["steps"])
+    events = service.call("GET", f"{JOBS}/{job}/events", params={"limit": 20})["data"]
+    step = next(event["data"]["step"] for event in events if event["type"] == "metrics")
+    estimate = service.job(job)["tuneloom"]["estimate"]
+    return round(step * estimate["tokens"] / estimate["steps"])
 
 
 def _ask_for(service: Service, setup: Setup, seconds: float) -> list[float]:
