@@ -13,8 +13,8 @@ from tests.train.conftest import Lab, colour_rows
 from tuneloom.bases import get_base
 from tuneloom.domain import Job, JobSpec, TrainOptions
 from tuneloom.rows import Scan
-from tuneloom.train.attempt import run_folder
 from tuneloom.train.check import Check, check_job
+from tuneloom.train.folders import run_folder
 from tuneloom.train.inputs import read_inputs
 from tuneloom.train.render import Renderer
 
