@@ -29,6 +29,7 @@ SCRIPTS = (
     "validate",
     "overhead",
     "kills",
+    "training",
 )
 
 
