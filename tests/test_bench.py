@@ -16,7 +16,18 @@ from bench.inputs import Work
 from bench.report import Report
 from bench.work import work_flops
 
-SCRIPTS = ["ceilings", "work", "many_adapters", "prefix", "fairness", "hot_swap", "soak", "against_vllm", "validate", "training"]
+SCRIPTS = [
+    "ceilings",
+    "work",
+    "many_adapters",
+    "prefix",
+    "fairness",
+    "hot_swap",
+    "soak",
+    "against_vllm",
+    "validate",
+    "training",
+]
 
 
 @pytest.fixture(autouse=True)
