@@ -322,6 +322,13 @@ def test_a_job_on_a_quantised_base_is_published_and_says_so(lab: Lab) -> None:
     assert "quantization nf4: as asked" in told
 
 
+def test_a_job_keeps_a_state_every_so_many_minutes(lab: Lab) -> None:
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", checkpoint_every_minutes=1e-6), n_epochs=1)
+    assert run_attempt(lab.settings, job.id, 1) == "published", lab.progress(job.id).error
+    kept = [event.message for event in lab.events(job.id) if event.message.startswith("Checkpoint")]
+    assert kept == [f"Checkpoint created at step {step}" for step in range(1, 7)]
+
+
 # Warm start
 
 
