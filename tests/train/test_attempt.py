@@ -523,3 +523,23 @@ def test_a_base_that_has_no_room_is_not_called_unreadable(lab: Lab, monkeypatch:
     assert run(lab, job.id) == "failed"
     error = lab.progress(job.id).error
     assert error is not None and error.code == "out_of_memory"
+
+
+def test_a_cancel_takes_effect_between_two_forward_passes(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuneloom.train.lora import LoraTrainer
+
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", accumulation_steps=4))
+    original, passes = LoraTrainer.compute_loss, []
+
+    def compute_loss(self: LoraTrainer, *arguments: Any, **names: Any) -> Any:
+        passes.append(self.state.global_step)
+        if passes.count(2) == 1:
+            lab.change_job(job.id, state="cancelled")
+            # The pulse looks each second.
+            time.sleep(3)
+        return original(self, *arguments, **names)
+
+    monkeypatch.setattr(LoraTrainer, "compute_loss", compute_loss)
+    assert run(lab, job.id) == "cancelled"
+    assert min(passes.count(0), passes.count(1)) > 1
+    assert (passes.count(2), max(passes)) == (1, 2)
