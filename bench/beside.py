@@ -39,7 +39,7 @@ class Side:
 
     @property
     def p95_ms(self) -> float:
-        return statistics.quantiles(self.first_ms, n=20)[-1]
+        return statistics.quantiles(self.first_ms, n=20, method="inclusive")[-1]
 
 
 def main(arguments: list[str] | None = None) -> Report:
