@@ -27,7 +27,7 @@ HEAD = ["job", "killed", "at step", "went on from", "s to the next step", "loss 
 
 @dataclass
 class Kill:
-    """One death. `resumed_at` is the step that the run went on from, `lost_s` the time until a new step was told."""
+    """One death. `resumed_at` is the step that the run went on from, `lost_s` the time until it took a step again."""
 
     job: str
     victim: str
@@ -96,22 +96,24 @@ def _start(service: Installation, name: str) -> str:
 
 
 def _kill(service: Installation, job_id: str, kill: Kill) -> None:
-    def is_there() -> bool:
-        progress = service.progress(job_id)
-        return progress is not None and progress.logged_step >= kill.step
-
-    wait_for(f"step {kill.step}", is_there)
-    before = _resumes(service, job_id)
+    wait_for(f"step {kill.step}", lambda: _told(service, job_id) >= kill.step)
+    before = len(_resumes(service, job_id))
     if not service.kill(kill.victim):
         raise SystemExit(f"there was no {kill.victim} to kill at step {kill.step}")
-    progress = service.progress(job_id)
-    assert progress is not None, "the job has begun"
-    kill.step = told = progress.logged_step
     at = time.monotonic()
-    wait_for("a new step", lambda: (now := service.progress(job_id)) is not None and now.logged_step > told)
+    kill.step = kill.resumed_at = _told(service, job_id)
+    # A worker outlives its driver for a moment, and control for good.
+    if kill.victim != "control":
+        kill.resumed_at = wait_for("a new start", lambda: _resumes(service, job_id)[before:])[0]
+    told = _told(service, job_id)
+    wait_for("a new step", lambda: _told(service, job_id) > told or told == TOTAL_STEPS)
     kill.lost_s = time.monotonic() - at
-    after = _resumes(service, job_id)
-    kill.resumed_at = after[-1] if len(after) > len(before) else told
+
+
+def _told(service: Installation, job_id: str) -> int:
+    """The last step that the job's events tell of."""
+    progress = service.progress(job_id)
+    return progress.logged_step if progress else 0
 
 
 def _resumes(service: Installation, job_id: str) -> list[int]:
