@@ -235,12 +235,15 @@ def _serve(options: EngineSettings, base: Base, adapter: Path, rows: Sequence[Sc
     )
     try:
         scores = [core.score(row.ids, row.places, ref) for row in rows]
-        dtype = {"bfloat16": "bf16", "float32": "fp32"}[core.stats().extra["dtype"]]
+        facts = core.stats().extra
     finally:
         core.close()
         del core
         release_memory()
-    return scores, dtype if options.quantization == "none" else options.quantization
+    if options.quantization != "none":
+        return scores, options.quantization
+    # A checkpoint that was stored quantised does not say here how; NF4 is the coarsest.
+    return scores, "nf4" if facts["quantised_linears"] else {"bfloat16": "bf16", "float32": "fp32"}[facts["dtype"]]
 
 
 def _reference(adapter: Path) -> AdapterRef:
