@@ -51,14 +51,26 @@ def _is_plain(lora: LoraLinear) -> bool:
 
 
 def _lora_forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if self.disable_adapters or self.merged or args or kwargs or self.active_adapters != ["default"]:
+    if args or kwargs or not _is_active(self):
         return LoraLinear.forward(self, x, *args, **kwargs)
-    base, dropout = self.base_layer, self.lora_dropout["default"]
-    factors = (self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"])
-    has_dropout = self.training and not isinstance(dropout, nn.Identity)
-    if has_dropout or type(base) is not nn.Linear or base.weight.requires_grad or base.weight.dtype != x.dtype:
-        return base(x) + _Update.apply(dropout(x), *factors)
-    return _Linear.apply(x, base.weight, base.bias, *factors)
+    if _is_one_product(self, x.dtype):
+        return _Linear.apply(x, self.base_layer.weight, self.base_layer.bias, *_factors(self))
+    return self.base_layer(x) + _Update.apply(self.lora_dropout["default"](x), *_factors(self))
+
+
+def _is_active(lora: LoraLinear) -> bool:
+    return not lora.disable_adapters and not lora.merged and lora.active_adapters == ["default"]
+
+
+def _is_one_product(lora: LoraLinear, dtype: torch.dtype) -> bool:
+    """Whether base and adapter see the same input, and the base is a plain frozen matrix of this precision."""
+    base, dropout = lora.base_layer, lora.lora_dropout["default"]
+    has_dropout = lora.training and not isinstance(dropout, nn.Identity)
+    return not has_dropout and type(base) is nn.Linear and not base.weight.requires_grad and base.weight.dtype == dtype
+
+
+def _factors(lora: LoraLinear) -> tuple[Tensor, Tensor, float]:
+    return lora.lora_A["default"].weight, lora.lora_B["default"].weight, lora.scaling["default"]
 
 
 class _Factors:
@@ -179,9 +191,46 @@ def _is_same(module: nn.Module, activation: Callable[[Tensor], Tensor]) -> bool:
 
 def _gated(name: str) -> Callable[..., Tensor]:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x), name))
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        if isinstance(down, LoraLinear) and _is_plain(down) and _is_active(down) and _is_one_product(down, gate.dtype):
+            return _GatedLinear.apply(gate, up, name, down.base_layer.weight, down.base_layer.bias, *_factors(down))
+        return down(_Gate.apply(gate, up, name))
 
     return forward
+
+
+class _GatedLinear(torch.autograd.Function):
+    """`_Linear` of activation(gate) * up, which is not kept: its gradient needs the activation again anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        name: str,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scale: float,
+    ) -> Tensor:
+        x_TI = _ACTIVATIONS[name][0](gate).mul_(up).flatten(0, -2)
+        a, b = _Factors.cast(gate, a_RI, b_OR, scale)
+        low_TR = x_TI @ a.T
+        ctx.save_for_backward(gate, up, low_TR, weight_OI, a, b)
+        ctx.name, ctx.scale, ctx.dtype = name, scale, a_RI.dtype
+        return F.linear(x_TI, weight_OI, bias_O).addmm_(low_TR, b.T).view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, low_TR, weight_OI, a, b = ctx.saved_tensors
+        grad_TO = grad.reshape(-1, grad.shape[-1])
+        activated = _ACTIVATIONS[ctx.name][0](gate)
+        x_TI = (activated * up).flatten(0, -2)
+        grad_low_TR, grad_a, grad_b = _Factors.gradient(grad_TO, x_TI, low_TR, b, ctx.scale, ctx.dtype)
+        grad_x = (grad_TO @ weight_OI).addmm_(grad_low_TR, a).view_as(gate)
+        grad_gate = _ACTIVATIONS[ctx.name][1](grad_x * up, gate)
+        return grad_gate, activated.mul_(grad_x), None, None, None, grad_a, grad_b, None
 
 
 class _Gate(torch.autograd.Function):
