@@ -28,7 +28,7 @@ def test_tokens_steps_and_memory_are_those_of_the_plan(base):
     assert planned.evaluated_tokens == 0 and planned.refusal is None
     shown = planned.as_json()
     assert shown["memory_bytes"] == sum(shown["memory_parts"].values()) > 0
-    assert {"base", "adapter", "activations", "logits", "program"} == set(shown["memory_parts"])
+    assert {"base", "adapter", "activations", "logits", "program"} <= set(shown["memory_parts"])
     assert {"n_epochs", "precision", "quantization"} <= {setting["name"] for setting in shown["settings"]}
 
 
