@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.installation import Installation, open_installation, wait_for
-from bench.machine import describe
+from bench.machine import ForeignLoad, describe
 from bench.report import Report, table
+from tuneloom import cluster
 
 ROWS, EPOCHS = 100, 24
 TOTAL_STEPS = EPOCHS * ROWS // 4
@@ -57,9 +58,13 @@ def main(arguments: list[str] | None = None) -> Report:
     parsed = options.parse_args(arguments)
     rng = random.Random(parsed.seed)
     report = Report("kills", describe(1), {"base": "tiny", "steps": TOTAL_STEPS, "seed": parsed.seed})
-    with open_installation(max_losses=len(VICTIMS), checkpoint_interval_s=3600.0) as service:
+    with (
+        open_installation(max_losses=len(VICTIMS), checkpoint_interval_s=3600.0) as service,
+        ForeignLoad(lambda: cluster.processes(service.home)) as load,
+    ):
         plain = _finish(service, _start(service, "plain"))
         kills = _kill_all(service, rng, 2 if parsed.quick else parsed.kills, plain)
+    report.foreign_share = load.share
     survived = sum(kill.is_survived for kill in kills)
     report.add("time from a kill to the next new step", "s", [kill.lost_s for kill in kills])
     report.ratio(f"kills survived with the same loss and adapter, of {len(kills)}", survived, len(kills))

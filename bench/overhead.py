@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from bench.installation import Installation, open_installation, wait_for
-from bench.machine import describe
+from bench.machine import ForeignLoad, describe
 from bench.report import Report, table
+from tuneloom import cluster
 
 ROWS, EPOCHS = 24, 2
 # Each stage ends where the next of these is seen.
@@ -41,7 +42,9 @@ def main(arguments: list[str] | None = None) -> Report:
     with open_installation() as service:
         if not parsed.quick:
             _run(service, "warm")
-        runs = [_run(service, f"job{number}") for number in range(1 if parsed.quick else parsed.reps)]
+        with ForeignLoad(lambda: cluster.processes(service.home)) as load:
+            runs = [_run(service, f"job{number}") for number in range(1 if parsed.quick else parsed.reps)]
+    report.foreign_share = load.share
     overheads = [sum(seconds for stage, seconds in run.items() if stage != "training") for run in runs]
     report.add("job without its steps", "s", overheads)
     report.add("its steps", "s", [run["training"] for run in runs])
