@@ -28,6 +28,10 @@ class BaseUnreadable(TuneloomError):
 
     code = "base_unreadable"
 
+    @classmethod
+    def of(cls, base_id: str, reason: str) -> "BaseUnreadable":
+        return cls(f"The base `{base_id}` cannot be loaded ({reason[:300]}). Add it again: `tuneloom bases add`.")
+
 
 def describe(error: BaseException, home: Path) -> JobError:
     """The job error for what ended a run. `home` is the folder whose disk the run writes to."""

@@ -13,6 +13,7 @@ from tuneloom.bases import Base, linear_shapes
 from tuneloom.bases.catalogue import read_header
 from tuneloom.engine.memory import Room, measure_room
 from tuneloom.errors import InvalidRequest
+from tuneloom.train.failure import BaseUnreadable
 from tuneloom.train.plan import Plan
 
 # Share of the free memory that a run may plan with.
@@ -169,10 +170,14 @@ def _is_target(name: str, plan: Plan) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _sizes(base: Base) -> _Sizes:
+    """Raises BaseUnreadable if its files are not whole."""
     tensors: dict[str, Any] = {}
-    for file in sorted(base.path.glob("*.safetensors")):
-        tensors |= read_header(file)
-    linears = linear_shapes(base)
+    try:
+        for file in sorted(base.path.glob("*.safetensors")):
+            tensors |= read_header(file)
+        linears = linear_shapes(base)
+    except (OSError, InvalidRequest) as error:
+        raise BaseUnreadable.of(base.id, str(error).replace(str(base.path), base.id)) from error
     counts = {name: _count(entry["shape"]) for name, entry in tensors.items()}
     layer_counts = [out * inner for out, inner in linears.values()]
     # Most layers read what the trunk carries.

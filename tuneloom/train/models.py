@@ -47,9 +47,7 @@ def load_base(base: Base, plan: Plan, *, use_gpu: bool = False) -> PreTrainedMod
             raise
         # Whatever is wrong in the files shows here, as an error of any of four libraries.
         reason = f"{type(error).__name__}: {error}".replace(str(base.path), base.id)
-        raise BaseUnreadable(
-            f"The base `{base.id}` cannot be loaded ({reason[:300]}). Add it again: `tuneloom bases add`."
-        ) from error
+        raise BaseUnreadable.of(base.id, reason) from error
     keep_trainable(model)
     return model
 
