@@ -19,7 +19,7 @@ from tuneloom.train.plan import Plan
 # Share of the free memory that a run may plan with.
 MEMORY_SHARE = 0.9
 # Numbers of logits that are held at once, as `answers` computes them.
-LOGITS_AT_ONCE = 16 << 20
+LOGITS_AT_ONCE = 8 << 20
 # Bytes of one weight: four bits, with one byte for each 64 weights and one number for each 256 of those; eight bits.
 QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 # Python with torch, transformers and TRL, before anything is loaded; and what they set up at the first step.
