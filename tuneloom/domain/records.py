@@ -83,9 +83,9 @@ class Job(Record):
 
     `requested_model` is the name as the caller gave it (an alias perhaps). `attempt` counts launches, 0 before the
     first; `attempt_open` says that a process of the latest attempt may still be alive, whatever `state` is.
-    `files_checked` is set when the row check has passed. `waiting_for` is what a queued job was last told. `self_launched`
-    marks a run started by hand (`ray job submit -- python -m tuneloom.train`), which control adopts and never launches
-    itself.
+    `files_checked` is set when the row check has passed. `waiting_for` is what a queued job was last told.
+    `self_launched` marks a run started by hand (`ray job submit -- python -m tuneloom.train`), which control adopts and
+    never launches itself.
     """
 
     collection: ClassVar[str] = "jobs"

@@ -110,11 +110,9 @@ class Choices:
             return asked, f"as asked: {batch // asked} of the {batch} rows of a step at a time"
         pair = 2 if self.spec.method == "dpo" else 1
         room = max(1, MICRO_BATCH_TOKENS // (pair * self.longest_row))
-        micro = max(size for size in range(1, batch + 1) if batch % size == 0 and size <= room)
-        return (
-            batch // micro,
-            f"{micro} of the {batch} rows of a step at a time; the longest has {self.longest_row:,} tokens",
-        )
+        passes = math.ceil(batch / room)
+        rows = math.ceil(batch / passes)
+        return passes, f"{rows} of the {batch} rows of a step at a time; the longest has {self.longest_row:,} tokens"
 
     def learning_rate(self) -> tuple[float, str]:
         asked = self.options.learning_rate

@@ -41,5 +41,4 @@ def _choices(plan: Plan, options: TrainOptions, base: Base, room: Room) -> Itera
     for choice in plans:
         yield choice
         if options.accumulation_steps is None:
-            sizes = (size for size in range(choice.micro_size - 1, 0, -1) if choice.batch_size % size == 0)
-            yield from (with_micro_size(choice, size, reason) for size in sizes)
+            yield from (with_micro_size(choice, size, reason) for size in range(choice.micro_size - 1, 0, -1))

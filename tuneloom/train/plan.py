@@ -62,8 +62,8 @@ class Plan:
 
     @property
     def accumulation_steps(self) -> int:
-        """Forward passes that make a step."""
-        return self.batch_size // self.micro_size
+        """Forward passes that make a step of the longest rows."""
+        return math.ceil(self.batch_size / self.micro_size)
 
 
 def make_plan(
@@ -94,7 +94,7 @@ def make_plan(
         ),
         n_epochs=epochs,
         batch_size=batch,
-        micro_size=batch // passes,
+        micro_size=math.ceil(batch / passes),
         longest_row=choices.longest_row,
         steps_per_epoch=steps,
         learning_rate=notes.add("learning_rate", choices.learning_rate()),
