@@ -48,7 +48,7 @@ def plan_of(base: Base, **options: Any) -> tuple[Plan, TrainOptions]:
     spec = JobSpec(
         base=base.id, training_file="f", seed=1, hyperparameters=Hyperparameters(batch_size=8), options=chosen
     )
-    return make_plan(spec, tokens, base, has_bf16=False), chosen
+    return make_plan(spec, tokens, base, has_bf16=False, use_gpu=True), chosen
 
 
 def room_for(base: Base, plan: Plan) -> Room:

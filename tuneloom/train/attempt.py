@@ -140,10 +140,11 @@ def _train(run: Run) -> Result:
     run.voice.say(check_rendering(run.store, run.job, run.base, inputs), stage="loading")
     train = run.settings.train
     libraries = import_libraries(train.threads)
-    has_bf16 = libraries.models.has_fast_bf16(use_gpu=train.num_gpus > 0)
+    use_gpu = train.num_gpus > 0
+    has_bf16 = libraries.models.has_fast_bf16(use_gpu=use_gpu)
     start = fetch_start(run.store.blobs, run.job.spec, run.folder / "start")
-    plan = make_plan(run.job.spec, inputs.training, run.base, has_bf16=has_bf16, start=start)
-    room = free_room(use_gpu=train.num_gpus > 0, limit_bytes=train.memory_bytes)
+    plan = make_plan(run.job.spec, inputs.training, run.base, has_bf16=has_bf16, use_gpu=use_gpu, start=start)
+    room = free_room(use_gpu=use_gpu, limit_bytes=train.memory_bytes)
     plan = fit_plan(plan, run.job.spec.options, run.base, room, run.voice.progress().settings)
     plan = _fit(run, plan)
     while True:

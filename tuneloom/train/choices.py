@@ -12,8 +12,9 @@ from tuneloom.train.start import Start
 
 DEFAULT_RANK = 16
 DEFAULT_BETA = 0.1
-# Tokens of one forward pass. More rows at once gain little on a CPU and cost memory everywhere.
-MICRO_BATCH_TOKENS = 4096
+# Tokens of one forward pass, about: more at once gain nothing on a CPU, and cost memory everywhere.
+CPU_PASS_TOKENS = 512
+GPU_PASS_TOKENS = 4096
 SMALL_BASE_BYTES = 1 << 30
 
 Precision = Literal["bf16", "fp32"]
@@ -43,6 +44,7 @@ class Choices:
         base: Base,
         *,
         has_bf16: bool,
+        use_gpu: bool,
         start: Start | None,
     ) -> None:
         self.spec = spec
@@ -52,6 +54,7 @@ class Choices:
         self._asked = spec.hyperparameters
         self._base = base
         self._has_bf16 = has_bf16
+        self._pass_tokens = GPU_PASS_TOKENS if use_gpu else CPU_PASS_TOKENS
         self._start = start
         self._preset = PRESETS.get(spec.options.preset or "")
 
@@ -109,7 +112,7 @@ class Choices:
         if asked is not None:
             return asked, f"as asked: {batch // asked} of the {batch} rows of a step at a time"
         pair = 2 if self.spec.method == "dpo" else 1
-        room = max(1, MICRO_BATCH_TOKENS // (pair * self.longest_row))
+        room = max(1, round(self._pass_tokens / (pair * self.longest_row)))
         passes = math.ceil(batch / room)
         rows = math.ceil(batch / passes)
         return passes, f"{rows} of the {batch} rows of a step at a time; the longest has {self.longest_row:,} tokens"

@@ -67,7 +67,13 @@ class Plan:
 
 
 def make_plan(
-    spec: JobSpec, tokens: Tokens | PreferenceTokens, base: Base, *, has_bf16: bool, start: Start | None = None
+    spec: JobSpec,
+    tokens: Tokens | PreferenceTokens,
+    base: Base,
+    *,
+    has_bf16: bool,
+    use_gpu: bool = False,
+    start: Start | None = None,
 ) -> Plan:
     """Resolve a job's settings. Of `tokens` only the lengths of the rows are read.
 
@@ -79,7 +85,7 @@ def make_plan(
     """
     check_settings_agree(spec)
     options, notes = spec.options, _Notes()
-    choices = Choices(spec, tokens, base, has_bf16=has_bf16, start=start)
+    choices = Choices(spec, tokens, base, has_bf16=has_bf16, use_gpu=use_gpu, start=start)
     epochs = notes.add("n_epochs", choices.epochs())
     batch = notes.add("batch_size", choices.batch_size())
     passes = notes.add("accumulation_steps", choices.accumulation(batch))

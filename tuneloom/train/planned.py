@@ -73,7 +73,8 @@ def plan_run(
     Raises:
         InvalidRequest: settings contradict each other, the data or the adapter to start from.
     """
-    plan = make_plan(spec, rows, base, has_bf16=has_bf16(train), start=start)  # type: ignore[arg-type]
+    use_gpu = train.num_gpus > 0
+    plan = make_plan(spec, rows, base, has_bf16=has_bf16(train), use_gpu=use_gpu, start=start)  # type: ignore[arg-type]
     room, refusal = _room(train), None
     if room is not None:
         try:
