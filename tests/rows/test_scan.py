@@ -251,3 +251,20 @@ def test_whatever_the_bytes_every_row_is_read_or_named(lines: list[bytes]) -> No
     assert not set(good) & set(named)
     if not body.startswith((b"\xff\xfe", b"\xfe\xff")):
         assert result.num_rows == len(good) + len(named)
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "a", "foo": 1}]}, "messages[0].foo"),
+        ({"messages": [{"role": "boss", "content": "a"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"prompt": "a", "completion": 3}, "completion"),
+        ({"whatever": 3}, None),
+    ],
+)
+def test_a_problem_names_the_field(row: dict[str, Any], field: str | None) -> None:
+    scan = Scan()
+    assert not list(scan.rows(io.BytesIO(json.dumps(row).encode())))
+    assert [problem.field for problem in scan.problems] == [field], scan.problems

@@ -59,7 +59,7 @@ class Admission:
         history = History(job, now)
         error = _summary(report)
         lines = [
-            history.line(problem.text, "error", {"param": problem.param, "line": problem.line})
+            history.line(problem.text, "error", {"param": problem.param, "line": problem.line, "field": problem.field})
             for problem in report.problems[:MAX_PROBLEM_EVENTS]
         ]
         unsaid = max(report.problem_count, len(report.problems)) - len(lines)

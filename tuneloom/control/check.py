@@ -30,10 +30,11 @@ MAX_AT_ONCE = 2
 
 
 class Problem(BaseModel):
-    """One bad line of a file; `param` says of which."""
+    """One bad line of a file; `param` says of which, `field` what in the row."""
 
     param: str | None = None
     line: int | None = None
+    field: str | None = None
     message: str
 
     @property

@@ -1,5 +1,6 @@
 """One pass over a file of rows in bounded memory: lines, encoding, JSON, and the list of problems."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -12,12 +13,22 @@ MAX_PROBLEMS = 100
 MAX_LINE_BYTES = 8 << 20
 
 
+# `messages[0]`: `content` is ...; or: Unknown key in `messages[0]`: `foo`.
+_FIELD = re.compile(r"(?:Unknown key in )?((?:`[^` ]+`: )*`[^` ]+`)(?=[ :.,])")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong; `line` counts from 1, None when it concerns the file."""
 
     line: int | None
     message: str
+
+    @property
+    def field(self) -> str | None:
+        """The path in the row with which the sentence begins, such as `messages[0].content`."""
+        found = _FIELD.match(self.message)
+        return found[1].replace("`: `", ".").strip("`") if found else None
 
 
 @dataclass

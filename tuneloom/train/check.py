@@ -40,10 +40,13 @@ NAMES = {"training_file": "Training file", "validation_file": "Validation file"}
 
 @dataclass(frozen=True)
 class FileProblem:
-    """A problem with the parameter that names its file; `line` is None where it concerns the whole file."""
+    """A problem with the parameter that names its file; `line` is None where it concerns the whole file,
+    `field` where it concerns the whole row.
+    """
 
     param: str
     line: int | None
+    field: str | None
     message: str
 
     @property
@@ -161,7 +164,7 @@ class Check:
         return notes + (notes_of_overlap(overlap) if overlap else [])
 
     def _refuse(self, param: str, name: str, scan: Scan) -> None:
-        problems = [FileProblem(param, problem.line, problem.message) for problem in scan.problems]
+        problems = [FileProblem(param, problem.line, problem.field, problem.message) for problem in scan.problems]
         self._problems += problems
         self._problem_count += scan.problem_count
         listed = "; ".join(problem.text.rstrip(".") for problem in problems[:MAX_LISTED])
