@@ -25,7 +25,7 @@ BAD_ROWS = {
     "not UTF-8": (b'{"text": "\xff\xfe"}', "line 7", "utf-8"),
     "unknown role": (row(("alien", "a"), ("assistant", "b")), "line 7", "alien"),
     "no assistant turn": (row(("user", "a")), "line 7", "assistant"),
-    "longer than the context": (row(("user", "word " * 2000), ("assistant", "b")), "line 7", "1,024"),
+    "longer than the context": (row(("user", "word " * 9000), ("assistant", "b")), "line 7", "8,192"),
 }
 
 
@@ -76,7 +76,7 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "unknown model": ({"model": "nobody"}, 404, "model"),
     "max_tokens -1": ({"max_tokens": -1}, 400, "max_tokens"),
     "two stop types": ({"stop": ["a", 3]}, 400, "stop[1]"),
-    "prompt over the context": ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "messages"),
+    "prompt over the context": ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages"),
     "unknown field": ({"nonsense": 1}, 400, "nonsense"),
     "path tricks in the model": ({"model": "../../etc/passwd"}, 404, "model"),
     "a null byte in the model": ({"model": "a\0b"}, 404, "model"),
