@@ -146,8 +146,11 @@ def worker(config: dict[str, Any]) -> str:
     """What runs in the worker process. It steps back so that requests served beside it keep their latency."""
     # Here, since the driver does without all that an attempt imports.
     from tuneloom.train.attempt import run_attempt
+    from tuneloom.train.libraries import import_libraries
 
     settings = load(config["home"])
+    # Seconds of imports, before it steps back: Ray starts processes beside it now, and would hold it up.
+    import_libraries(settings.train.threads)
     step_back(settings.train)
     return run_attempt(settings, config["job_id"], config["attempt"], _notice())
 
