@@ -14,23 +14,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "python -m bench.run_all --vllm-python VENV/bin/python --vllm-preload LIBTCMALLOC"
-SCRIPTS = (
-    "ceilings",
-    "work",
-    "against_vllm",
-    "over_http",
-    "many_adapters",
-    "prefix",
-    "fairness",
-    "hot_swap",
-    "beside",
-    "estimate",
-    "soak",
-    "validate",
-    "overhead",
-    "kills",
-    "training",
-)
+GROUPS = {
+    "Serving": (
+        *("ceilings", "work", "against_vllm", "over_http", "many_adapters", "prefix"),
+        *("fairness", "hot_swap", "soak"),
+    ),
+    "Training": ("validate", "training", "demo", "beside", "estimate", "overhead", "kills"),
+}
+SCRIPTS = tuple(script for scripts in GROUPS.values() for script in scripts)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,18 +48,37 @@ def main(arguments: list[str] | None = None) -> None:
 
 def page(found: list[dict[str, Any]]) -> str:
     """The page for what the scripts have found."""
-    lines = ["# Measured", "", "Ours against others, as ratios of medians from one run of one script each.", ""]
-    lines += ["| what | measured | wanted | met |", "|---|---|---|---|"]
-    lines += [_ratio_row(ratio) for report in found for ratio in report["ratios"] if ratio["wanted"] is not None]
-    lines += ["", "Work W: SmolLM2-135M-Instruct in bf16, 32 requests at once, 64 prompt and 64 new tokens, greedy;"]
-    lines += ["adapters of rank 16 on all linear layers. What each script does is in its docstring.", ""]
-    lines += _reach({report["script"]: report for report in found})
-    lines += _conditions(found)
-    lines += ["", "## Repeat it", "", "```", COMMAND, "```", ""]
+    lines = [
+        "# Measured",
+        "",
+        "Ours against others, as ratios of medians from one run of one script each; no script's two sides",
+    ]
+    lines += [
+        "come from different runs. What each script does is in its docstring. Machines are named with their group.",
+        "",
+    ]
+    lines += ["```", COMMAND, "```", ""]
     lines += ["The vLLM row needs an environment of its own: `bench/requirements-vllm.txt` says how to make it."]
+    for title, scripts in GROUPS.items():
+        lines += _group(title, [report for report in found if report["script"] in scripts])
+    return "\n".join([*lines, ""])
+
+
+def _group(title: str, found: list[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    lines = ["", f"## {title}", "", "| what | measured | wanted | met |", "|---|---|---|---|"]
+    lines += [_ratio_row(ratio) for report in found for ratio in report["ratios"] if ratio["wanted"] is not None]
+    if title == "Serving":
+        lines += [
+            "",
+            "Work W: SmolLM2-135M-Instruct in bf16, 32 requests at once, 64 prompt and 64 new tokens, greedy;",
+        ]
+        lines += ["adapters of rank 16 on all linear layers."]
+    lines += ["", *_reach({report["script"]: report for report in found}), *_conditions(found)]
     for report in found:
         lines += _details(report)
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def _reach(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -92,7 +102,7 @@ def _conditions(found: list[dict[str, Any]]) -> list[str]:
     if not found:
         return []
     machine = found[0]["machine"]
-    lines = ["## Conditions", ""]
+    lines = ["### Conditions", ""]
     lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in machine.items()]
     for report in found:
         lines += [f"- ceiling, {name}: {value:.1f}" for name, value in report["ceilings"].items()]
@@ -102,7 +112,7 @@ def _conditions(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _details(report: dict[str, Any]) -> list[str]:
-    lines = ["", f"## {report['script']}", ""]
+    lines = ["", f"### {report['script']}", ""]
     lines += [f"{report['at']}; other processes used {report['foreign_share']:.0%} of the machine meanwhile."]
     if report["settings"]:
         lines += [", ".join(f"{key} {_plain(value)}" for key, value in report["settings"].items()) + "."]

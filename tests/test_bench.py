@@ -60,7 +60,7 @@ def test_a_script_measures_and_writes_what_it_found(script: str, tiny_base: Path
 
 def test_every_script_is_run_for_the_results():
     # Those with a cluster of their own take minutes.
-    assert {*SCRIPTS, "over_http", "beside", "estimate", "overhead", "kills"} == set(run_all.SCRIPTS)
+    assert {*SCRIPTS, "over_http", "beside", "demo", "estimate", "overhead", "kills"} == set(run_all.SCRIPTS)
 
 
 def test_the_results_page_has_every_ratio_its_bar_and_its_conditions(tmp_path: Path):
