@@ -35,8 +35,10 @@ ENGINE, STREAMED, UNARY = "engine level", "HTTP, streamed", "HTTP, in one piece"
 _UP_TIMEOUT_S = 900
 WHAT_STREAMS_COST = (
     "A streamed piece costs about 2 ms of processor on its way through replica, gateway and proxy, nearly all of it in "
-    "Ray's generators; answers in one piece cross once. That the replica's share takes Python's lock from the step "
-    "thread is a guess, not profiled. Tried, one run of three repetitions each, some 5 % apart among themselves: "
+    "Ray's generators; answers in one piece cross once. Of the samples that held Python's lock in the replica (py-spy, "
+    "on a slower machine) the step thread had 82 %, Ray's threads and the event loop most of the rest; with answers in "
+    "one piece it had 86 %: the lock explains little. Tried, one run of three repetitions each, some 5 % apart among "
+    "themselves: "
     "80 pieces a second instead of 100 with pauses up to 0.4 s (0.86), and a switch interval of 0.2 ms in the replica "
     "(0.80)."
 )

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from tests.train.conftest import BASE_ID
 from tuneloom.bases import get_base
@@ -52,6 +53,5 @@ def test_a_run_that_fits_nowhere_says_so_with_the_arithmetic_and_a_gpus_memory_i
 
 
 def test_the_number_format_is_what_the_trainer_will_find(tmp_path):
-    torch = pytest.importorskip("torch")
     assert has_bf16(PLAIN) == (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     assert not has_bf16(PLAIN, tmp_path / "absent") and has_bf16(TrainSettings(num_gpus=1))
