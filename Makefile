@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' requirements.lock)
 READY := $(VENV)/.ready
 
-.PHONY: venv up down demo test check conformance
+.PHONY: venv up down demo parts test test-cloud check conformance
 
 venv: $(READY)
 
@@ -34,8 +34,16 @@ down:
 demo: up
 	@exports=$$($(BIN)/tuneloom env) && eval "$$exports" && $(BIN)/python -u examples/headlines.py
 
-test: venv
+# The real servers that tests talk to: installed here if they are missing, started and ended by the tests.
+parts: venv
+	$(BIN)/python -m tests.parts
+
+test: parts
 	$(BIN)/python -m pytest -q
+
+# Only what talks to Firestore, Cloud Storage, Firebase Auth, Redis or a model that drafts data; part of `make test`.
+test-cloud: parts
+	$(BIN)/python -m pytest -q -m cloud
 
 check: venv
 	$(BIN)/ruff format --check .

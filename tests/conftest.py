@@ -1,7 +1,11 @@
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import redis
 
 # One thread each: tests share two cores with each other, and OpenMP threads spin on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,7 +14,18 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
+from tests.parts import servers
 from tests.tiny import make_adapter, make_base
+
+
+PARTS = {"firestore_server", "gcs_server", "redis_server", "auth_server"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m cloud` selects what needs a part."""
+    for item in items:
+        if PARTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("cloud")
 
 
 @pytest.fixture
@@ -29,3 +44,55 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> 
     """Four adapters of ranks 4, 8, 4, 16 for `tiny_base`; treat as read-only."""
     root = tmp_path_factory.mktemp("adapters")
     return [make_adapter(root / f"a{i}", tiny_base, seed=10 + i, rank=rank) for i, rank in enumerate((4, 8, 4, 16))]
+
+
+@pytest.fixture(scope="session")
+def firestore_server() -> Iterator[servers.Server]:
+    """Google's emulator; clients of this process and of its children find it by the environment."""
+    with servers.firestore() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIRESTORE_EMULATOR_HOST", server.address)
+        yield server
+
+
+@pytest.fixture
+def firestore_url(firestore_server: servers.Server) -> str:
+    """The documents URL of an empty database."""
+    return f"firestore:demo-{uuid.uuid4().hex[:12]}/(default)"
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[servers.Server]:
+    """A Cloud Storage server; clients of this process and of its children find it by the environment."""
+    with servers.gcs() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://{server.address}")
+        yield server
+
+
+@pytest.fixture
+def gcs_url(gcs_server: servers.Server) -> str:
+    """The blobs URL of an empty bucket."""
+    bucket = f"tuneloom-{uuid.uuid4().hex[:12]}"
+    answer = httpx.post(f"http://{gcs_server.address}/storage/v1/b", json={"name": bucket}, timeout=10, trust_env=False)
+    answer.raise_for_status()
+    return f"gs://{bucket}/home"
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[servers.Server]:
+    with servers.redis() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: servers.Server) -> str:
+    """An empty database. Tests run one after another, so they may share it."""
+    with redis.Redis.from_url(f"redis://{redis_server.address}/0") as client:
+        client.flushall()
+    return f"redis://{redis_server.address}/0"
+
+
+@pytest.fixture(scope="session")
+def auth_server() -> Iterator[servers.Server]:
+    """Firebase Auth's emulator for the project `servers.AUTH_PROJECT`."""
+    with servers.firebase_auth() as server:
+        yield server

@@ -11,8 +11,10 @@ LOCAL_OWNER = "local"
 # The context of a base whose config names none: a recurrent one has no longest position.
 DEFAULT_CONTEXT_LENGTH = 2048
 
-Scope = Literal["inference", "training", "admin"]
-ALL_SCOPES: tuple[Scope, ...] = ("inference", "training", "admin")
+# `inference` calls models; `training` makes and changes files, jobs and models; `account` looks after its owner's keys,
+# webhooks and usage; `admin` is for who runs the installation.
+Scope = Literal["inference", "training", "account", "admin"]
+ALL_SCOPES: tuple[Scope, ...] = ("inference", "training", "account", "admin")
 
 
 class AdapterRef(BaseModel):
@@ -30,12 +32,18 @@ class AdapterRef(BaseModel):
 
 
 class Principal(BaseModel):
-    """Who calls: the owner whose things they may touch, the key that proved it, and what it may do."""
+    """Who calls: the owner whose things they may touch, how that was proved, and what they may do.
+
+    `kind`: an API key (`key_id` is its id), a person who signed in, or a person who did so anonymously (no key id).
+    `models`: names of the only Models and bases that may be called; empty: all of the owner's.
+    """
 
     model_config = ConfigDict(frozen=True)
     owner: str
     key_id: str
     scopes: tuple[Scope, ...]
+    kind: Literal["key", "person", "anonymous"] = "key"
+    models: tuple[str, ...] = ()
 
     def require(self, scope: Scope) -> None:
         """Raise PermissionDenied unless the key has the scope; `admin` holds every scope."""

@@ -1,0 +1,28 @@
+"""The settings of an installation: one tree, read once at the start and handed on in pieces.
+
+A file `config.yaml` in the home folder overrides the defaults, which run on one machine without a cloud. The
+environment says only where home is (`TUNELOOM_HOME`) and is read by entry points, never by an import.
+"""
+
+from tuneloom.config.engine import BaseSettings, EngineSettings
+from tuneloom.config.gateway import GatewaySettings
+from tuneloom.config.secrets import SIGNING_KEY_FILE, read_pepper, read_signing_key
+from tuneloom.config.section import Section
+from tuneloom.config.settings import CONFIG_FILE, DEFAULT_BASE, Settings, load
+from tuneloom.config.train import ControlSettings, TrainSettings
+
+__all__ = [
+    "CONFIG_FILE",
+    "DEFAULT_BASE",
+    "SIGNING_KEY_FILE",
+    "BaseSettings",
+    "ControlSettings",
+    "EngineSettings",
+    "GatewaySettings",
+    "Section",
+    "Settings",
+    "TrainSettings",
+    "load",
+    "read_pepper",
+    "read_signing_key",
+]

@@ -1,0 +1,19 @@
+"""The HTTP service."""
+
+from pydantic import Field
+
+from tuneloom.config.section import Section
+
+
+class GatewaySettings(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0: any free port")
+    replicas: int = Field(1, ge=1)
+    max_ongoing_requests: int = Field(500, ge=1)
+    cors_origins: tuple[str, ...] = ("*",)
+    max_body_bytes: int = Field(32 << 20, description="largest JSON body")
+    max_file_bytes: int = Field(512 << 20, description="largest uploaded file")
+    max_part_bytes: int = Field(64 << 20, description="largest part of an upload")
+    max_upload_bytes: int = Field(8 << 30, description="largest file made of parts")
+    key_cache_s: float = Field(2.0, ge=0, le=5, description="how long an answer about a key is remembered")
+    request_timeout_s: float = Field(600.0, gt=0)

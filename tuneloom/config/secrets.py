@@ -1,0 +1,55 @@
+"""Keys of the installation itself, each in a file that only its user may read."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from tuneloom.config.settings import Settings
+from tuneloom.errors import InvalidRequest
+
+SIGNING_KEY_FILE = "signing-key.pem"
+
+
+def read_pepper(settings: Settings) -> bytes:
+    """The installation's key for hashing secrets, 32 bytes; made on first use, readable by its user only."""
+    return _read_secret(settings.home / "pepper", lambda: secrets.token_bytes(32))
+
+
+def read_signing_key(settings: Settings) -> bytes:
+    """The installation's Ed25519 key for signing lineages, as PEM. See `Settings.signing_key`.
+
+    Raises:
+        InvalidRequest: the file that the settings name cannot be read.
+    """
+    if settings.signing_key is None:
+        return _read_secret(settings.home / SIGNING_KEY_FILE, _make_signing_key)
+    try:
+        return settings.signing_key.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"`signing_key`: {settings.signing_key} cannot be read: {error.strerror}.") from error
+
+
+def _make_signing_key() -> bytes:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _read_secret(path: Path, make: Callable[[], bytes]) -> bytes:
+    """What is in a file that only its user may read; made on first use, by one of several processes."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(make())
+            file.flush()
+            os.fsync(file.fileno())
+        # A link fails if another process was first, and never shows half a file.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+        draft.unlink()
+    return path.read_bytes()

@@ -1,0 +1,77 @@
+"""The whole tree, and how it is read."""
+
+import os
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError
+
+from tuneloom.config.engine import BaseSettings
+from tuneloom.config.gateway import GatewaySettings
+from tuneloom.config.section import Section
+from tuneloom.config.train import ControlSettings, TrainSettings
+from tuneloom.errors import InvalidRequest
+
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CONFIG_FILE = "config.yaml"
+
+
+class Settings(Section):
+    """The whole tree. Empty URLs stand for SQLite and files under `home`."""
+
+    home: Path
+    documents_url: str = ""
+    blobs_url: str = ""
+    bases: tuple[BaseSettings, ...] = (BaseSettings(id=DEFAULT_BASE),)
+    base_aliases: dict[str, str] = Field(
+        {
+            "gpt-4o-mini-2024-07-18": DEFAULT_BASE,
+            "gpt-4.1-nano-2025-04-14": DEFAULT_BASE,
+            "gpt-3.5-turbo-0125": DEFAULT_BASE,
+        }
+    )
+    gateway: GatewaySettings = GatewaySettings()
+    train: TrainSettings = TrainSettings()
+    control: ControlSettings = ControlSettings()
+    signing_key: Path | None = Field(
+        None,
+        description="file with the Ed25519 key (PEM) that signs what is said of adapters, the same on every machine of "
+        "a cluster; None: one in `home`, made at first use",
+    )
+
+    @property
+    def documents(self) -> str:
+        return self.documents_url or f"sqlite:{self.home / 'tuneloom.db'}"
+
+    @property
+    def blobs(self) -> str:
+        return self.blobs_url or f"file:{self.home / 'blobs'}"
+
+    @property
+    def uploads_states(self) -> bool:
+        """Whether the states of runs outlive the disk of their machine."""
+        asked = self.train.upload_states
+        return not self.blobs.startswith("file:") if asked == "auto" else asked
+
+    @property
+    def bases_dir(self) -> Path:
+        return self.home / "bases"
+
+
+def load(home: Path | str | None = None) -> Settings:
+    """Read the settings of `home` (default: `$TUNELOOM_HOME`, else `.tuneloom`).
+
+    Raises:
+        InvalidRequest: the file is not YAML or a field is wrong; the message names it.
+    """
+    folder = Path(home or os.environ.get("TUNELOOM_HOME") or ".tuneloom").absolute()
+    path = folder / CONFIG_FILE
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return Settings.model_validate({**(data or {}), "home": folder})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"{path}: `{where}`: {first['msg']}") from error
+    except (yaml.YAMLError, TypeError) as error:
+        raise InvalidRequest(f"{path} is not a YAML mapping: {error}") from error
