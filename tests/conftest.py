@@ -17,7 +17,6 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 from tests.parts import servers
 from tests.tiny import make_adapter, make_base
 
-
 PARTS = {"firestore_server", "gcs_server", "redis_server", "auth_server"}
 
 

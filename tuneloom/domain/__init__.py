@@ -1,5 +1,6 @@
 """What tuneloom keeps: the records of the store and the words for them. No I/O, no rules of any layer above."""
 
+from tuneloom.domain.access import ApiKey, Rates
 from tuneloom.domain.names import (
     MODEL_NAME,
     RESERVED_NAMES,
@@ -15,10 +16,10 @@ from tuneloom.domain.names import (
     short_id,
     version_id,
 )
+from tuneloom.domain.record import Record
 from tuneloom.domain.records import (
     TERMINAL,
     AdapterPin,
-    ApiKey,
     Checkpoint,
     Event,
     File,
@@ -27,7 +28,6 @@ from tuneloom.domain.records import (
     JobState,
     Model,
     Progress,
-    Record,
     Registration,
     Repeat,
     Speed,
@@ -73,6 +73,7 @@ __all__ = [
     "Model",
     "Principal",
     "Progress",
+    "Rates",
     "Record",
     "Registration",
     "Repeat",

@@ -6,20 +6,9 @@ seconds (float), sizes are bytes. The field `id` is the document id in the recor
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from tuneloom.domain.record import Record
 from tuneloom.domain.training import Estimate, Fidelity, Hyperparameters, JobError, JobSpec, Setting, Usage
-from tuneloom.domain.values import AdapterRef, Scope
-
-
-class Record(BaseModel):
-    """A document of the store: frozen, strict about unknown fields, owned by somebody."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    collection: ClassVar[str]
-
-    id: str
-    owner: str
+from tuneloom.domain.values import AdapterRef
 
 
 class File(Record):
@@ -244,19 +233,6 @@ class AdapterPin(Record):
     name: str
     adapter: AdapterRef
     created_at: float
-
-
-class ApiKey(Record):
-    """A key without its secret. `id` is public; `hash` is the keyed hash of the secret and is looked up by equality."""
-
-    collection: ClassVar[str] = "keys"
-    name: str
-    hash: str
-    redacted: str
-    scopes: tuple[Scope, ...]
-    created_at: float
-    expires_at: float | None = None
-    revoked_at: float | None = None
 
 
 class Repeat(Record):
