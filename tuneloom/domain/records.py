@@ -6,6 +6,8 @@ seconds (float), sizes are bytes. The field `id` is the document id in the recor
 
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from tuneloom.domain.record import Record
 from tuneloom.domain.training import Estimate, Fidelity, Hyperparameters, JobError, JobSpec, Setting, Usage
 from tuneloom.domain.values import AdapterRef
@@ -183,7 +185,7 @@ class Checkpoint(Record):
     name: str
     created_at: float
     adapter: AdapterRef
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class Model(Record):
@@ -208,7 +210,7 @@ class Version(Record):
     adapter: AdapterRef
     created_at: float
     job_id: str | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
     fidelity: Fidelity | None = None
 
     @property
