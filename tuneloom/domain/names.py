@@ -14,7 +14,7 @@ _BASE62 = string.digits + string.ascii_letters
 
 def new_id(prefix: str, length: int = 24) -> str:
     """A fresh random id such as `file-4uXk...`: `prefix` with its separator, then base-62 characters."""
-    return prefix + "".join(secrets.choice(_BASE62) for _ in range(length))
+    return prefix + _base62(secrets.randbelow(62**length), length)
 
 
 def event_id(at_s: float) -> str:
@@ -58,12 +58,7 @@ def version_id(owner: str, name: str, number: int) -> str:
 
 def short_id(job_id: str) -> str:
     """Eight characters that stand for a job in names."""
-    digest = int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:8])
-    chars = []
-    for _ in range(8):
-        digest, remainder = divmod(digest, 62)
-        chars.append(_BASE62[remainder])
-    return "".join(chars)
+    return _base62(int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:8]), 8)
 
 
 def ft_name(base: str, owner: str, suffix: str | None, unique: str) -> str:
@@ -86,3 +81,12 @@ def adapter_sha256(files: dict[str, str]) -> str:
 def hash_secret(pepper: bytes, secret: str) -> str:
     """The keyed hash under which a key's secret is stored: HMAC-SHA256, hex."""
     return hmac.new(pepper, secret.encode(), hashlib.sha256).hexdigest()
+
+
+def _base62(number: int, length: int) -> str:
+    """The `length` lowest digits of a number, the lowest first."""
+    digits = []
+    for _ in range(length):
+        number, digit = divmod(number, 62)
+        digits.append(_BASE62[digit])
+    return "".join(digits)
