@@ -6,12 +6,14 @@ environment says only where home is (`TUNELOOM_HOME`) and is read by entry point
 
 from tuneloom.config.engine import BaseSettings, EngineSettings
 from tuneloom.config.gateway import GatewaySettings
+from tuneloom.config.identity import AUTH_EMULATOR, IdentitySettings, check_production
 from tuneloom.config.secrets import SIGNING_KEY_FILE, read_pepper, read_signing_key
 from tuneloom.config.section import Section
 from tuneloom.config.settings import CONFIG_FILE, DEFAULT_BASE, Settings, load
 from tuneloom.config.train import ControlSettings, TrainSettings
 
 __all__ = [
+    "AUTH_EMULATOR",
     "CONFIG_FILE",
     "DEFAULT_BASE",
     "SIGNING_KEY_FILE",
@@ -19,9 +21,11 @@ __all__ = [
     "ControlSettings",
     "EngineSettings",
     "GatewaySettings",
+    "IdentitySettings",
     "Section",
     "Settings",
     "TrainSettings",
+    "check_production",
     "load",
     "read_pepper",
     "read_signing_key",

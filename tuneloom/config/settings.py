@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from tuneloom.config.engine import BaseSettings
 from tuneloom.config.gateway import GatewaySettings
+from tuneloom.config.identity import IdentitySettings
 from tuneloom.config.section import Section
 from tuneloom.config.train import ControlSettings, TrainSettings
 from tuneloom.errors import InvalidRequest
@@ -33,6 +34,10 @@ class Settings(Section):
     gateway: GatewaySettings = GatewaySettings()
     train: TrainSettings = TrainSettings()
     control: ControlSettings = ControlSettings()
+    identity: IdentitySettings = IdentitySettings()
+    production: bool | None = Field(
+        None, description="whether emulators are refused; None: if a cloud project does not begin with `demo-`"
+    )
     signing_key: Path | None = Field(
         None,
         description="file with the Ed25519 key (PEM) that signs what is said of adapters, the same on every machine of "
