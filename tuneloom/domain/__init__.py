@@ -1,6 +1,6 @@
 """What tuneloom keeps: the records of the store and the words for them. No I/O, no rules of any layer above."""
 
-from tuneloom.domain.access import ApiKey, Rates
+from tuneloom.domain.access import ApiKey, Principal, Rates
 from tuneloom.domain.names import (
     MODEL_NAME,
     RESERVED_NAMES,
@@ -47,7 +47,7 @@ from tuneloom.domain.training import (
     WandbIntegration,
     check_settings_agree,
 )
-from tuneloom.domain.values import ALL_SCOPES, DEFAULT_CONTEXT_LENGTH, LOCAL_OWNER, AdapterRef, Principal, Scope, Target
+from tuneloom.domain.values import ALL_SCOPES, DEFAULT_CONTEXT_LENGTH, LOCAL_OWNER, AdapterRef, Scope, Target
 
 __all__ = [
     "ALL_SCOPES",

@@ -1,10 +1,8 @@
-"""Small values that records and requests share: who calls, and which adapter."""
+"""Small values that records and requests share: scopes, adapters and where a call goes."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-
-from tuneloom.errors import PermissionDenied
 
 LOCAL_OWNER = "local"
 
@@ -29,26 +27,6 @@ class AdapterRef(BaseModel):
     uri: str
     rank: int
     size_bytes: int
-
-
-class Principal(BaseModel):
-    """Who calls: the owner whose things they may touch, how that was proved, and what they may do.
-
-    `kind`: an API key (`key_id` is its id), a person who signed in, or a person who did so anonymously (no key id).
-    `models`: names of the only Models and bases that may be called; empty: all of the owner's.
-    """
-
-    model_config = ConfigDict(frozen=True)
-    owner: str
-    key_id: str
-    scopes: tuple[Scope, ...]
-    kind: Literal["key", "person", "anonymous"] = "key"
-    models: tuple[str, ...] = ()
-
-    def require(self, scope: Scope) -> None:
-        """Raise PermissionDenied unless the key has the scope; `admin` holds every scope."""
-        if scope not in self.scopes and "admin" not in self.scopes:
-            raise PermissionDenied(f"This key lacks the scope `{scope}`. Use a key that was created with it.")
 
 
 class Target(BaseModel):

@@ -46,13 +46,12 @@ class Keys:
         self._now = now
         self._cache: OrderedDict[str, _Cached] = OrderedDict()
 
-    async def authenticate(self, authorization: str | None) -> Principal:
-        """The caller by the value of an `Authorization` header.
+    async def authenticate(self, secret: str) -> Principal:
+        """Whose key it is.
 
         Raises:
-            Unauthenticated: no key, or one that is unknown, malformed, expired or revoked; the message masks it.
+            Unauthenticated: it is unknown, malformed, expired or revoked; the message masks it.
         """
-        secret = read_bearer(authorization)
         if not _SECRET.fullmatch(secret):
             raise _incorrect(secret)
         key = await self._find(hash_secret(self._pepper, secret))
@@ -60,7 +59,7 @@ class Keys:
             raise _incorrect(secret)
         if key.expires_at is not None and key.expires_at <= self._now():
             raise Unauthenticated(f"The API key {mask(secret)} has expired. Create a new one.")
-        return Principal(owner=key.owner, key_id=key.id, scopes=key.scopes)
+        return Principal(owner=key.owner, key_id=key.id, scopes=key.scopes, models=key.models, rates=key.rates)
 
     async def _find(self, hash: str) -> ApiKey | None:
         cached = self._cache.get(hash)
@@ -88,9 +87,12 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            header = HTTPConnection(scope).headers.get("authorization")
-            scope.setdefault("state", {})["principal"] = await self._keys.authenticate(header)
+            token = read_bearer(HTTPConnection(scope).headers.get("authorization"))
+            scope.setdefault("state", {})["principal"] = await self._caller(token)
         await self._app(scope, receive, send)
+
+    async def _caller(self, token: str) -> Principal:
+        return await self._keys.authenticate(token)
 
 
 def read_bearer(authorization: str | None) -> str:
