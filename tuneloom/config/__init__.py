@@ -7,10 +7,11 @@ environment says only where home is (`TUNELOOM_HOME`) and is read by entry point
 from tuneloom.config.engine import BaseSettings, EngineSettings
 from tuneloom.config.gateway import GatewaySettings
 from tuneloom.config.identity import AUTH_EMULATOR, IdentitySettings, check_production
-from tuneloom.config.secrets import SIGNING_KEY_FILE, read_pepper, read_signing_key
+from tuneloom.config.secrets import SIGNING_KEY_FILE, read_pepper, read_signing_key, read_webhook_keys
 from tuneloom.config.section import Section
 from tuneloom.config.settings import CONFIG_FILE, DEFAULT_BASE, Settings, load
 from tuneloom.config.train import ControlSettings, TrainSettings
+from tuneloom.config.webhooks import WebhookSettings
 
 __all__ = [
     "AUTH_EMULATOR",
@@ -25,8 +26,10 @@ __all__ = [
     "Section",
     "Settings",
     "TrainSettings",
+    "WebhookSettings",
     "check_production",
     "load",
     "read_pepper",
     "read_signing_key",
+    "read_webhook_keys",
 ]

@@ -1,5 +1,6 @@
 """Keys of the installation itself, each in a file that only its user may read."""
 
+import base64
 import contextlib
 import os
 import secrets
@@ -29,6 +30,28 @@ def read_signing_key(settings: Settings) -> bytes:
         return settings.signing_key.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"`signing_key`: {settings.signing_key} cannot be read: {error.strerror}.") from error
+
+
+def read_webhook_keys(settings: Settings) -> list[bytes]:
+    """The keys that signing secrets of webhooks are encrypted with, in Fernet's form, the newest first.
+
+    Raises:
+        InvalidRequest: the file that the settings name cannot be read, or is empty.
+    """
+    path = settings.webhooks.key_file
+    if path is None:
+        return _read_secret(settings.home / "webhook-key", _make_webhook_key).split()
+    try:
+        keys = path.read_bytes().split()
+    except OSError as error:
+        raise InvalidRequest(f"`webhooks.key_file`: {path} cannot be read: {error.strerror}.") from error
+    if not keys:
+        raise InvalidRequest(f"`webhooks.key_file`: {path} is empty. It holds one key a line.")
+    return keys
+
+
+def _make_webhook_key() -> bytes:
+    return base64.urlsafe_b64encode(secrets.token_bytes(32))
 
 
 def _make_signing_key() -> bytes:

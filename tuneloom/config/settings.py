@@ -11,6 +11,7 @@ from tuneloom.config.gateway import GatewaySettings
 from tuneloom.config.identity import IdentitySettings
 from tuneloom.config.section import Section
 from tuneloom.config.train import ControlSettings, TrainSettings
+from tuneloom.config.webhooks import WebhookSettings
 from tuneloom.errors import InvalidRequest
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -34,6 +35,7 @@ class Settings(Section):
     gateway: GatewaySettings = GatewaySettings()
     train: TrainSettings = TrainSettings()
     control: ControlSettings = ControlSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     identity: IdentitySettings = IdentitySettings()
     production: bool | None = Field(
         None, description="whether emulators are refused; None: if a cloud project does not begin with `demo-`"

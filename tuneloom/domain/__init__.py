@@ -48,20 +48,33 @@ from tuneloom.domain.training import (
     check_settings_agree,
 )
 from tuneloom.domain.values import ALL_SCOPES, DEFAULT_CONTEXT_LENGTH, LOCAL_OWNER, AdapterRef, Scope, Target
+from tuneloom.domain.webhooks import (
+    EVENT_TYPES,
+    TEST_EVENT,
+    DeliveryState,
+    EventType,
+    WebhookDelivery,
+    WebhookEndpoint,
+    WebhookTry,
+)
 
 __all__ = [
     "ALL_SCOPES",
     "DEFAULT_CONTEXT_LENGTH",
+    "EVENT_TYPES",
     "LOCAL_OWNER",
     "MODEL_NAME",
     "RESERVED_NAMES",
     "TERMINAL",
+    "TEST_EVENT",
     "AdapterPin",
     "AdapterRef",
     "ApiKey",
     "Checkpoint",
+    "DeliveryState",
     "Estimate",
     "Event",
+    "EventType",
     "Fidelity",
     "File",
     "FileCheck",
@@ -87,6 +100,9 @@ __all__ = [
     "Usage",
     "Version",
     "WandbIntegration",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+    "WebhookTry",
     "adapter_sha256",
     "check_model_name",
     "check_settings_agree",

@@ -23,6 +23,8 @@ from tuneloom.domain import (
     Upload,
     UploadPart,
     Version,
+    WebhookDelivery,
+    WebhookEndpoint,
 )
 from tuneloom.errors import NotFound, TuneloomError
 from tuneloom.store.base import Create, Delete, Document, Documents, Range, Replace, Scalar, Write
@@ -124,6 +126,8 @@ class Records:
         self.adapter_pins = Table(documents, AdapterPin)
         self.keys = Table(documents, ApiKey)
         self.repeats = Table(documents, Repeat)
+        self.webhook_endpoints = Table(documents, WebhookEndpoint)
+        self.webhook_deliveries = Table(documents, WebhookDelivery)
 
     def commit(self, *writes: Write) -> dict[tuple[str, str], str]:
         """Apply all writes or none; returns the new revisions by (collection, id). See `Documents.commit`."""

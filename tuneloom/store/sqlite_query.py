@@ -20,6 +20,8 @@ INDEXES = {
     "files": ("owner",),
     "models": ("owner",),
     "upload_parts": ("upload_id",),
+    "webhook_endpoints": ("owner",),
+    "webhook_deliveries": ("endpoint_id", "state"),
 }
 
 _BOUNDS = (("above", ">"), ("at_least", ">="), ("below", "<"), ("at_most", "<="))
