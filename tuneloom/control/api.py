@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tuneloom.control import audit
 from tuneloom.control.api_checks import ChecksApi
 from tuneloom.control.api_estimate import EstimateApi
 from tuneloom.control.api_files import FilesApi
@@ -20,7 +21,7 @@ from tuneloom.control.api_models import ModelsApi
 from tuneloom.control.api_uploads import UploadsApi
 from tuneloom.control.context import ApiContext
 
-__all__ = ["ApiContext", "routes"]
+__all__ = ["ApiContext", "audit", "routes"]
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 

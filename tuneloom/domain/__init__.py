@@ -1,6 +1,7 @@
 """What tuneloom keeps: the records of the store and the words for them. No I/O, no rules of any layer above."""
 
 from tuneloom.domain.access import ApiKey, Principal, Rates
+from tuneloom.domain.audit import Actor, AuditEntry, AuditTarget
 from tuneloom.domain.names import (
     MODEL_NAME,
     RESERVED_NAMES,
@@ -47,6 +48,19 @@ from tuneloom.domain.training import (
     WandbIntegration,
     check_settings_agree,
 )
+from tuneloom.domain.usage import (
+    Amounts,
+    Price,
+    UsageFold,
+    UsageKind,
+    UsageLine,
+    UsageMonth,
+    UsagePart,
+    UsageRow,
+    Used,
+    hour_of,
+    hour_start,
+)
 from tuneloom.domain.values import ALL_SCOPES, DEFAULT_CONTEXT_LENGTH, LOCAL_OWNER, AdapterRef, Scope, Target
 from tuneloom.domain.webhooks import (
     EVENT_TYPES,
@@ -67,9 +81,13 @@ __all__ = [
     "RESERVED_NAMES",
     "TERMINAL",
     "TEST_EVENT",
+    "Actor",
     "AdapterPin",
     "AdapterRef",
+    "Amounts",
     "ApiKey",
+    "AuditEntry",
+    "AuditTarget",
     "Checkpoint",
     "DeliveryState",
     "Estimate",
@@ -84,6 +102,7 @@ __all__ = [
     "JobSpec",
     "JobState",
     "Model",
+    "Price",
     "Principal",
     "Progress",
     "Rates",
@@ -98,6 +117,13 @@ __all__ = [
     "Upload",
     "UploadPart",
     "Usage",
+    "UsageFold",
+    "UsageKind",
+    "UsageLine",
+    "UsageMonth",
+    "UsagePart",
+    "UsageRow",
+    "Used",
     "Version",
     "WandbIntegration",
     "WebhookDelivery",
@@ -110,6 +136,8 @@ __all__ = [
     "event_id",
     "ft_name",
     "hash_secret",
+    "hour_of",
+    "hour_start",
     "model_id",
     "model_name",
     "new_id",

@@ -22,7 +22,7 @@ class Principal(BaseModel):
     """Who calls: the owner whose things they may touch, how that was proved, and what they may do.
 
     `kind`: an API key (`key_id` is its id), a person who signed in, or a person who did so anonymously (no key id).
-    `models`: names of the only Models and bases that they may use; empty: all of the owner's. `rates`: those of the key.
+    `models`: names of the only Models and bases that they may use; empty: all of the owner's. `rates`: the key's own.
     """
 
     model_config = ConfigDict(frozen=True)

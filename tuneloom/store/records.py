@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from tuneloom.domain import (
     AdapterPin,
     ApiKey,
+    AuditEntry,
     Checkpoint,
     Event,
     File,
@@ -22,6 +23,10 @@ from tuneloom.domain import (
     Speed,
     Upload,
     UploadPart,
+    UsageFold,
+    UsageMonth,
+    UsagePart,
+    UsageRow,
     Version,
     WebhookDelivery,
     WebhookEndpoint,
@@ -125,7 +130,12 @@ class Records:
         self.registrations = Table(documents, Registration)
         self.adapter_pins = Table(documents, AdapterPin)
         self.keys = Table(documents, ApiKey)
+        self.audit_entries = Table(documents, AuditEntry)
         self.repeats = Table(documents, Repeat)
+        self.usage_parts = Table(documents, UsagePart)
+        self.usage_folds = Table(documents, UsageFold)
+        self.usage_rows = Table(documents, UsageRow)
+        self.usage_months = Table(documents, UsageMonth)
         self.webhook_endpoints = Table(documents, WebhookEndpoint)
         self.webhook_deliveries = Table(documents, WebhookDelivery)
 
