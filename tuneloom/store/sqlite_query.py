@@ -20,6 +20,9 @@ INDEXES = {
     "files": ("owner",),
     "models": ("owner",),
     "upload_parts": ("upload_id",),
+    "usage_parts": ("owner",),
+    "usage_rows": ("owner",),
+    "usage_months": ("owner",),
     "webhook_endpoints": ("owner",),
     "webhook_deliveries": ("endpoint_id", "state"),
 }
