@@ -316,13 +316,16 @@ def _wait(store: "Store", job_id: str, timeout_s: float) -> "Version":
 
 
 def _cancel(store: "Store", job_id: str) -> None:
+    from tuneloom.control import outbox
     from tuneloom.control.jobs import Cancelled, apply
     from tuneloom.control.retry import retry
 
     def once() -> None:
-        stored = store.records.jobs.get(job_id)
+        stored, now = store.records.jobs.get(job_id), time.time()
         if not stored.value.is_terminal:
-            store.records.commit(store.records.jobs.replace(stored, apply(stored.value, Cancelled(time.time()))))
+            after = apply(stored.value, Cancelled(now))
+            told = outbox.job_ended(store.records, stored.value, after, now)
+            store.records.commit(store.records.jobs.replace(stored, after), *told)
 
     retry(once)
 

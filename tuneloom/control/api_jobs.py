@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.control import jobs, repeat
+from tuneloom.control import jobs, outbox, repeat
 from tuneloom.control.body import digest, identify, parse, read_json, retry_count
 from tuneloom.control.context import ApiContext, caller, in_thread, query_int
 from tuneloom.control.job_body import CreateJob
@@ -124,7 +124,8 @@ class JobsApi:
                     return stored.value
                 raise
             line = History(after).line(f"The job was {participle}")
-            self._records.commit(self._records.jobs.replace(stored, after), self._records.events.create(line))
+            told = outbox.job_ended(self._records, stored.value, after, time.time())
+            self._records.commit(self._records.jobs.replace(stored, after), self._records.events.create(line), *told)
             return after
 
         job = await in_thread(retry, once)

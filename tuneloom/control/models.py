@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneloom.bases import Base, linear_shapes
+from tuneloom.control import outbox
 from tuneloom.control.jobs import UNFINISHED
 from tuneloom.control.retry import retry
 from tuneloom.domain import (
@@ -61,7 +62,7 @@ def list_versions(records: Records, owner: str, model: str | None = None) -> lis
 
 @dataclass(frozen=True)
 class Addition:
-    """A new Version, and the writes that make it and bump its Model."""
+    """A new Version, and the writes that make it, bump its Model and tell of it."""
 
     version: Version
     writes: tuple[Write, ...]
@@ -112,7 +113,12 @@ def add_version(
         metrics=metrics or {},
         fidelity=fidelity,
     )
-    return Addition(version, (write, records.versions.create(version)))
+    told = outbox.version_created(records, version, at)
+    if active == number:
+        before = None if stored is None else stored.value.active
+        # A little later, so that its number says which of the two came first.
+        told += outbox.version_activated(records, owner, name, number, before, at + 2e-6)
+    return Addition(version, (write, records.versions.create(version), *told))
 
 
 def check_same_base(model: Model, base: str, *, param: str = "suffix") -> None:
@@ -268,8 +274,9 @@ def _draft_activation(records: Records, owner: str, name: str, number: int) -> t
     if version is None:
         raise ModelNotFound.named(f"{name}@v{number}")
     model = stored.value.model_copy(update={"active": number})
+    told = outbox.version_activated(records, owner, name, number, stored.value.active, time.time())
     # The Version is written too, unchanged: deleting it at the same moment then conflicts.
-    return model, [records.models.replace(stored, model), records.versions.replace(version, version.value)]
+    return model, [records.models.replace(stored, model), records.versions.replace(version, version.value), *told]
 
 
 def _delete_records(records: Records, owner: str, name: str, prefixes: list[str]) -> None:
@@ -319,6 +326,9 @@ def _delete_version(records: Records, version: Stored[Version], prefixes: list[s
             heir = max(left, default=None)
         # Written even if nothing changes: of two Versions deleted at once, neither may inherit from the other.
         writes.append(records.models.replace(model, model.value.model_copy(update={"active": heir})))
+        if heir is not None:
+            before = model.value.active
+            writes += outbox.version_activated(records, gone.owner, gone.model, heir, before, time.time())
     records.commit(*writes)
     prefixes += [gone.adapter.uri, *(c.value.adapter.uri for c in checkpoints)]
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable
 
-from tuneloom.control import jobs
+from tuneloom.control import jobs, outbox
 from tuneloom.control.jobs import History, apply
 from tuneloom.domain import Event, Job, JobError
 from tuneloom.store.base import Write
@@ -21,7 +21,8 @@ class JobWriter:
 
     def commit(self, stored: Stored[Job], after: Job, lines: Iterable[Event], writes: Iterable[Write] = ()) -> None:
         events = [self._records.events.create(line) for line in lines]
-        self._records.commit(self._records.jobs.replace(stored, after), *events, *writes)
+        told = outbox.job_ended(self._records, stored.value, after, self._clock())
+        self._records.commit(self._records.jobs.replace(stored, after), *events, *writes, *told)
 
     def fail(self, stored: Stored[Job], error: JobError) -> None:
         job, now = stored.value, self._clock()

@@ -60,7 +60,7 @@ class WebhookDelivery(Record):
     """A row of the outbox: one event for one endpoint, written with the change that it tells. Its id is `webhook-id`.
 
     `body` is what is signed and sent, the same bytes at each try. `sequence` orders an owner's events: microseconds.
-    `next_at` is when it is due, and while `lease` is set, when the sender that took it counts as dead. `attempts` are the
+    `next_at` is when it is due; while `lease` is set, when the sender that took it counts as dead. `attempts` are the
     tries begun since it was written or replayed, `tries` what came of the last ones. `done_at` is its end.
     """
 
