@@ -750,6 +750,13 @@ class BlobsContract:
         assert blobs.list("a/b") == [BlobInfo("a/b/10", 6), BlobInfo("a/b/2", 5)]
         assert blobs.list("b") == blobs.list("nothing") == blobs.list("a/nothing") == []
 
+    def test_a_walk_passes_every_blob_by_key(self, blobs: Blobs) -> None:
+        assert list(blobs.walk()) == []
+        keys = ["a-", "a.b/x", "a/b-", "a/b/10", "a/b/2", "a/c", "ab/x", "b"]
+        for key in reversed(keys):
+            blobs.write(key, key.encode())
+        assert list(blobs.walk()) == [BlobInfo(key, len(key)) for key in keys]
+
     def test_a_deleted_blob_is_gone_and_its_key_is_free(self, blobs: Blobs) -> None:
         blobs.write("a/b/c", b"x")
         blobs.write("a/d", b"x")

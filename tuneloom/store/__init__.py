@@ -38,11 +38,15 @@ def open_documents(url: str) -> Documents:
 
 
 def open_blobs(url: str) -> Blobs:
-    """The blobs at `file:FOLDER`."""
+    """The blobs at `file:FOLDER` or `gs://BUCKET/PREFIX`."""
     match _split(url):
         case ("file", folder):
             return FileBlobs(Path(folder))
-    raise InvalidRequest(f"`{url}` is not a blobs URL. Use `file:FOLDER`.", param="blobs_url")
+        case ("gs", _):
+            from tuneloom.store.gcs import GcsBlobs
+
+            return GcsBlobs.at(url)
+    raise InvalidRequest(f"`{url}` is not a blobs URL. Use `file:FOLDER` or `gs://BUCKET/PREFIX`.", param="blobs_url")
 
 
 def _split(url: str) -> tuple[str, str] | None:

@@ -4,7 +4,7 @@ All calls are synchronous and thread-safe. Implementations are chosen by URL in 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -186,7 +186,8 @@ class Blobs(Protocol):
     """Immutable byte strings by key.
 
     A key is 1-8 parts of `[A-Za-z0-9._-]`, none `.` or `..`, joined by `/`; a part has up to 255 characters, the key up
-    to 900. No key is a folder of another: where `a/b` is stored, `a` and `a/b/c` are not used.
+    to 900. Callers use no key that is a folder of another: with `a/b` neither `a` nor `a/b/c`. Files cannot hold both
+    and refuse the second; a bucket does not look.
     """
 
     def write(self, key: str, source: bytes | Path | Iterable[bytes], *, sha256: str | None = None) -> str:
@@ -212,6 +213,10 @@ class Blobs(Protocol):
 
     def list(self, prefix: str) -> list[BlobInfo]:
         """Blobs whose key starts with `prefix` + "/", ordered by key."""
+        ...
+
+    def walk(self) -> Iterator[BlobInfo]:
+        """Every blob, ordered by key, looked up on the way. What is written or deleted meanwhile may come or not."""
         ...
 
     def delete(self, key: str) -> None:

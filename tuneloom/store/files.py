@@ -68,12 +68,11 @@ class FileBlobs:
         return _info(key, self._path(key))
 
     def list(self, prefix: str) -> list[BlobInfo]:
-        root = self._path(prefix)
-        if root.is_symlink():
-            return []
-        paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-        infos = (_info(path.relative_to(self._data).as_posix(), path) for path in paths)
-        return sorted((info for info in infos if info), key=lambda info: info.key)
+        folder = self._path(prefix)
+        return [] if folder.is_symlink() else list(_walk(f"{prefix}/", folder))
+
+    def walk(self) -> Iterator[BlobInfo]:
+        return _walk("", self._data)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -139,6 +138,20 @@ def _info(key: str, path: Path) -> BlobInfo | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return BlobInfo(key, status.st_size) if stat.S_ISREG(status.st_mode) else None
+
+
+def _walk(prefix: str, folder: Path) -> Iterator[BlobInfo]:
+    try:
+        with os.scandir(folder) as entries:
+            # A folder sorts as its keys do: by its name and a slash.
+            names = sorted(entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in names:
+        if name.endswith("/"):
+            yield from _walk(prefix + name, folder / name)
+        elif info := _info(prefix + name, folder / name):
+            yield info
 
 
 def _write_draft(draft: Path, source: bytes | Path | Iterable[bytes]) -> str:
