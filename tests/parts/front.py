@@ -1,4 +1,4 @@
-"""An HTTP server in front of a part that spoils single requests, and remembers all of them. Knows nothing of meanings."""
+"""An HTTP server in front of a part that spoils single requests and remembers all. Knows nothing of what they mean."""
 
 import contextlib
 import http.client

@@ -18,11 +18,7 @@ from google.cloud.storage.exceptions import DataCorruption
 
 from tuneloom.errors import InvalidRequest, Overloaded
 from tuneloom.store.base import BlobCorrupt, BlobExists, BlobInfo, BlobNotFound
-from tuneloom.store.gcs_client import (
-    Bucket,
-    asking,
-    no_bucket,
-)
+from tuneloom.store.gcs_client import RETRY_AFTER_S, Bucket, Waits, asking, no_bucket
 from tuneloom.store.gcs_reader import PieceReader
 from tuneloom.store.limits import check_key
 
@@ -197,8 +193,8 @@ class GcsBlobs:
                 raise BlobCorrupt(f"The file for `{key}` changed while it was stored. Store it again.")
             return True
         raise Overloaded(
-            f"The blob `{key}` did not arrive whole in {UPLOAD_TRIES} tries. Try again.", retry_after_s=5.0
-        )
+            f"The blob `{key}` did not arrive whole in {UPLOAD_TRIES} tries. Try again.", retry_after_s=RETRY_AFTER_S
+        ) from last
 
     def _holds(self, key: str, content: "_Content") -> bool:
         """Whether the object has these bytes. Raises BlobNotFound."""
