@@ -16,7 +16,9 @@
     ├── Conflict                      409 a state forbids it; never retried by clients
     ├── TooLarge                      413 request_too_large
     ├── Unprocessable                 422 idempotency key reused for another request
-    ├── RateLimited                   429 rate_limit_exceeded
+    ├── RateLimited                   429 rate_limit_exceeded, type `requests`; try again after `retry_after_s`
+    │   ├── TokensLimited             429 the same of tokens, type `tokens`
+    │   ├── InsufficientQuota         429 insufficient_quota; not retried by clients
     │   └── QueueFull                 429 too_many_queued_jobs; not retried by clients
     └── Overloaded                    503 overloaded; retry after `retry_after_s`
 
@@ -135,6 +137,16 @@ class RateLimited(TuneloomError):
     status = 429
     type = "requests"
     code = "rate_limit_exceeded"
+
+
+class TokensLimited(RateLimited):
+    type = "tokens"
+
+
+class InsufficientQuota(RateLimited):
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    should_retry = False
 
 
 class QueueFull(RateLimited):

@@ -7,6 +7,7 @@ environment says only where home is (`TUNELOOM_HOME`) and is read by entry point
 from tuneloom.config.engine import BaseSettings, EngineSettings
 from tuneloom.config.gateway import GatewaySettings
 from tuneloom.config.identity import AUTH_EMULATOR, IdentitySettings, check_production
+from tuneloom.config.limits import LimitsSettings
 from tuneloom.config.secrets import SIGNING_KEY_FILE, read_pepper, read_signing_key, read_webhook_keys
 from tuneloom.config.section import Section
 from tuneloom.config.settings import CONFIG_FILE, DEFAULT_BASE, Settings, load
@@ -23,6 +24,7 @@ __all__ = [
     "EngineSettings",
     "GatewaySettings",
     "IdentitySettings",
+    "LimitsSettings",
     "Section",
     "Settings",
     "TrainSettings",

@@ -2,13 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from tuneloom.config.engine import BaseSettings
 from tuneloom.config.gateway import GatewaySettings
 from tuneloom.config.identity import IdentitySettings
+from tuneloom.config.limits import LimitsSettings
 from tuneloom.config.section import Section
 from tuneloom.config.train import ControlSettings, TrainSettings
 from tuneloom.config.webhooks import WebhookSettings
@@ -37,6 +39,7 @@ class Settings(Section):
     control: ControlSettings = ControlSettings()
     webhooks: WebhookSettings = WebhookSettings()
     identity: IdentitySettings = IdentitySettings()
+    limits: LimitsSettings = LimitsSettings()
     production: bool | None = Field(
         None, description="whether emulators are refused; None: if a cloud project does not begin with `demo-`"
     )
@@ -45,6 +48,15 @@ class Settings(Section):
         description="file with the Ed25519 key (PEM) that signs what is said of adapters, the same on every machine of "
         "a cluster; None: one in `home`, made at first use",
     )
+
+    @model_validator(mode="after")
+    def _limits_are_counted_once(self) -> Self:
+        if not self.limits.counts_alike(self.gateway.replicas):
+            raise ValueError(
+                f"`limits`: {self.gateway.replicas} gateways (`gateway.replicas`) would each count alone. Set "
+                "`limits.redis_url`, or run one gateway"
+            )
+        return self
 
     @property
     def documents(self) -> str:

@@ -2,9 +2,12 @@
 
 from tuneloom.domain.access import ApiKey, Principal, Rates
 from tuneloom.domain.audit import Actor, AuditEntry, AuditTarget
+from tuneloom.domain.limits import Allowance, OwnerLimits
 from tuneloom.domain.names import (
     MODEL_NAME,
+    OWNER,
     RESERVED_NAMES,
+    RESERVED_OWNERS,
     adapter_sha256,
     check_model_name,
     checkpoint_name,
@@ -78,12 +81,15 @@ __all__ = [
     "EVENT_TYPES",
     "LOCAL_OWNER",
     "MODEL_NAME",
+    "OWNER",
     "RESERVED_NAMES",
+    "RESERVED_OWNERS",
     "TERMINAL",
     "TEST_EVENT",
     "Actor",
     "AdapterPin",
     "AdapterRef",
+    "Allowance",
     "Amounts",
     "ApiKey",
     "AuditEntry",
@@ -102,6 +108,7 @@ __all__ = [
     "JobSpec",
     "JobState",
     "Model",
+    "OwnerLimits",
     "Price",
     "Principal",
     "Progress",

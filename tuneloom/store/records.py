@@ -16,6 +16,7 @@ from tuneloom.domain import (
     FileCheck,
     Job,
     Model,
+    OwnerLimits,
     Progress,
     Record,
     Registration,
@@ -130,6 +131,7 @@ class Records:
         self.registrations = Table(documents, Registration)
         self.adapter_pins = Table(documents, AdapterPin)
         self.keys = Table(documents, ApiKey)
+        self.owner_limits = Table(documents, OwnerLimits)
         self.audit_entries = Table(documents, AuditEntry)
         self.repeats = Table(documents, Repeat)
         self.usage_parts = Table(documents, UsagePart)
