@@ -8,14 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tuneloom.control.retry import retry
-from tuneloom.domain import ALL_SCOPES, ApiKey, Scope, hash_secret, new_id
+from tuneloom.domain import ALL_SCOPES, OWNER, ApiKey, Scope, hash_secret, new_id
 from tuneloom.errors import InvalidRequest, NotFound
 from tuneloom.store.records import Records, Stored
 
 DEFAULT_SCOPES: tuple[Scope, ...] = ("inference", "training")
 MAX_LIFE_S = 10 * 365 * 86400.0
 
-_OWNER = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
 _DURATION = re.compile(r"(\d{1,10})([smhdw]?)")
 _UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -137,7 +136,7 @@ def parse_duration(value: str | int | None, *, param: str = "expires_in") -> flo
 
 def check_owner(owner: str) -> str:
     """Return `owner` if it may name an owner; it becomes a part of ids and model names."""
-    if not _OWNER.fullmatch(owner):
+    if not OWNER.fullmatch(owner):
         raise InvalidRequest(
             f"Invalid `owner`: {owner[:80]!r}. Use 1 to 128 letters, digits, `.`, `_` or `-`, starting and ending "
             "with a letter or digit.",

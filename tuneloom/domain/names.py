@@ -7,8 +7,12 @@ import secrets
 import string
 
 from tuneloom.domain.training import JobSpec
+from tuneloom.domain.values import LOCAL_OWNER
 from tuneloom.errors import InvalidRequest
 
+OWNER = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
+# Nobody who signs in may be one of these: the embedded mode's owner, and who owns the bases.
+RESERVED_OWNERS = frozenset({LOCAL_OWNER, "tuneloom"})
 _BASE62 = string.digits + string.ascii_letters
 
 
