@@ -257,7 +257,7 @@ def _start_ray(settings: Settings, state: ClusterState) -> ClusterState:
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(state.dashboard_port)]
     command += ["--dashboard-agent-listen-port", str(agent_port), "--ray-client-server-port", str(client_port)]
     command += ["--num-cpus", str(num_cpus(settings)), "--object-store-memory", str(OBJECT_STORE_BYTES)]
-    environment = _environment(settings.home, state) | {
+    environment = _environment(settings, state) | {
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics_port),
         "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics_port),
     }
@@ -295,14 +295,17 @@ def num_cpus(settings: Settings) -> int:
     return max(os.cpu_count() or 1, int(served + trained + gateways + 2))
 
 
-def _environment(home: Path, state: ClusterState) -> dict[str, str]:
+def _environment(settings: Settings, state: ClusterState) -> dict[str, str]:
     """The environment of every process of the cluster. Ray settings of the caller's shell mean other clusters."""
+    from tuneloom.serve import modes
     from tuneloom.serve.guard import PROXY_ENVIRONMENT
 
+    home = settings.home
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNELOOM_"))}
     return inherited | {
         **client_environment(home, state),
         **PROXY_ENVIRONMENT,
+        **modes.environment(settings.gateway, _short_folder(home), ports.free_ports(modes.NUM_PORTS)),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         # Ray starts its workers at 15, replicas too: any other work of the machine would then come before a request.
@@ -325,15 +328,20 @@ def _ray_folder(home: Path) -> Path:
     if len(str(run / "ray").encode()) <= MAX_RAY_FOLDER:
         folder = run / "ray"
     else:
-        name = f"tuneloom-{os.getuid()}-{sha256(str(home).encode()).hexdigest()[:6]}"
-        root = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 12 else "/tmp"
-        folder = _private_folder(Path(root) / name) / "ray"
+        folder = _short_folder(home) / "ray"
     for session in folder.glob("session_*"):
         if session.is_symlink() or not session.is_dir():
             session.unlink(missing_ok=True)
         elif session != max(folder.glob("session_2*"), default=None):
             shutil.rmtree(session, ignore_errors=True)
     return folder
+
+
+def _short_folder(home: Path) -> Path:
+    """A folder of this home with a short path, ours alone: sockets live there."""
+    name = f"tuneloom-{os.getuid()}-{sha256(str(home).encode()).hexdigest()[:6]}"
+    root = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 12 else "/tmp"
+    return _private_folder(Path(root) / name)
 
 
 def _private_folder(path: Path) -> Path:

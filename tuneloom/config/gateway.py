@@ -1,5 +1,7 @@
 """The HTTP service."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from tuneloom.config.section import Section
@@ -9,6 +11,11 @@ class GatewaySettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0: any free port")
     replicas: int = Field(1, ge=1)
+    mode: Literal["compat", "throughput", "haproxy"] = Field(
+        "compat",
+        description="compat: Serve's defaults; throughput: its fast path between processes; haproxy: that, and HAProxy "
+        "in front, which listens on all interfaces and has no TLS",
+    )
     max_ongoing_requests: int = Field(500, ge=1)
     cors_origins: tuple[str, ...] = ("*",)
     max_body_bytes: int = Field(32 << 20, description="largest JSON body")

@@ -1,0 +1,131 @@
+"""How many requests the gateway answers on this machine, load generator included: lists of models, and chats with a
+base that computes nothing.
+
+A cluster is brought up in a scratch home for each mode of the gateway. Key, limits, body, name and usage are checked
+as for any request.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.inputs import parser
+from bench.load import drive, get, post
+from bench.machine import ForeignLoad, describe
+from bench.report import Report
+from tuneloom import cluster, up
+from tuneloom.cluster import ClusterState
+from tuneloom.config import BaseSettings, GatewaySettings, Settings
+from tuneloom.serve.app import schema
+
+BASE = "bench/stub"
+MODES = ("haproxy", "throughput", "compat")
+WANTED = {"models": 1000, "chat": 350}
+CHAT = json.dumps({"model": BASE, "messages": [{"role": "user", "content": "Is it so?"}], "max_tokens": 16}).encode()
+
+
+@contextlib.contextmanager
+def open_gateway(mode: str, replicas: int) -> Iterator[tuple[ClusterState, str, Path]]:
+    """A running gateway over a stub base: its cluster, a key, its home."""
+    folder = Path(tempfile.mkdtemp(prefix="tg-", dir="/tmp"))
+    root = str(Path(__file__).parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    settings = Settings(
+        home=folder / "h",
+        bases=(BaseSettings(id=BASE),),
+        gateway=GatewaySettings(port=0, mode=mode, replicas=replicas),
+    )
+    try:
+        with cluster.exclusive(settings.home):
+            state = cluster.start(settings, print)
+            key, _ = up.ensure_admin_key(settings)
+            _deploy(settings, state)
+            _await_chat(settings, state, key)
+        yield state, key, settings.home
+    finally:
+        cluster.stop(settings.home)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> Report:
+    options = parser(__doc__, repetitions=3)
+    options.add_argument("--modes", nargs="*", default=MODES, choices=MODES)
+    options.add_argument("--gateways", type=int, default=2, help="replicas of the gateway")
+    options.add_argument("--connections", type=int, default=32)
+    parsed = options.parse_args(arguments)
+    seconds, repetitions = (1.0, 1) if parsed.quick else (6.0, parsed.reps)
+    report = Report("gateway", describe(1), {"connections": parsed.connections, "gateways": parsed.gateways})
+    for mode in parsed.modes:
+        with (
+            open_gateway(mode, parsed.gateways) as (state, key, home),
+            ForeignLoad(lambda home=home: cluster.processes(home)) as load,
+        ):
+            _measure(report, mode, state, key, parsed.connections, seconds, repetitions)
+        report.foreign_share = max(report.foreign_share, load.share)
+    report.finish(parsed.json)
+    return report
+
+
+def _measure(
+    report: Report, mode: str, state: ClusterState, key: str, connections: int, seconds: float, repetitions: int
+) -> None:
+    host = f"127.0.0.1:{state.port}"
+    asked = {
+        "models": get("/v1/models", host, key),
+        "chat": post("/v1/chat/completions", host, key, CHAT),
+    }
+    for what, request in asked.items():
+        drive("127.0.0.1", state.port, request, connections=connections, seconds=seconds / 2)
+        runs = [
+            drive("127.0.0.1", state.port, request, connections=connections, seconds=seconds)
+            for _ in range(repetitions)
+        ]
+        measure = report.add(f"{mode}: {what}", "requests/s", [run.per_second for run in runs])
+        report.add(f"{mode}: {what}, p95", "ms", [1000 * run.percentile(0.95) for run in runs])
+        wanted = WANTED[what] if mode == "haproxy" else None
+        report.ratio(f"{mode}: {what}, requests a second", measure.median, wanted, unit="1/s")
+
+
+def _deploy(settings: Settings, state: ClusterState) -> None:
+    gateway = settings.gateway.model_copy(update={"port": state.port})
+    config = schema(settings.model_copy(update={"gateway": gateway}))
+    for application in config["applications"]:
+        if application["name"].startswith("base-"):
+            application["import_path"] = "bench.stub_base:base"
+    headers = {"Authorization": f"Bearer {cluster.ensure_token(settings.home)}"}
+    with httpx.Client(base_url=state.dashboard_url, headers=headers, timeout=120, trust_env=False) as client:
+        answer = client.put("/api/serve/applications/", json=config)
+    if answer.status_code != 200:
+        raise SystemExit(f"Serve refused the applications: {answer.text[-2000:]}")
+
+
+def _await_chat(settings: Settings, state: ClusterState, key: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    answer: Any = None
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            answer = httpx.post(
+                f"{state.api_url}/v1/chat/completions",
+                content=CHAT,
+                headers={"Authorization": f"Bearer {key}"},
+                timeout=30,
+                trust_env=False,
+            )
+            if answer.status_code == 200:
+                return
+        time.sleep(0.5)
+    details = json.dumps(up.serve_details(settings, state), indent=1)[-5000:]
+    raise SystemExit(f"the gateway does not answer; last: {answer and answer.text}; Serve says: {details}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
