@@ -12,6 +12,7 @@ from tuneloom.config.secrets import SIGNING_KEY_FILE, read_pepper, read_signing_
 from tuneloom.config.section import Section
 from tuneloom.config.settings import CONFIG_FILE, DEFAULT_BASE, Settings, load
 from tuneloom.config.train import ControlSettings, TrainSettings
+from tuneloom.config.usage import UsageSettings
 from tuneloom.config.webhooks import WebhookSettings
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Section",
     "Settings",
     "TrainSettings",
+    "UsageSettings",
     "WebhookSettings",
     "check_production",
     "load",

@@ -13,6 +13,7 @@ from tuneloom.config.identity import IdentitySettings
 from tuneloom.config.limits import LimitsSettings
 from tuneloom.config.section import Section
 from tuneloom.config.train import ControlSettings, TrainSettings
+from tuneloom.config.usage import UsageSettings
 from tuneloom.config.webhooks import WebhookSettings
 from tuneloom.errors import InvalidRequest
 
@@ -40,6 +41,7 @@ class Settings(Section):
     webhooks: WebhookSettings = WebhookSettings()
     identity: IdentitySettings = IdentitySettings()
     limits: LimitsSettings = LimitsSettings()
+    usage: UsageSettings = UsageSettings()
     production: bool | None = Field(
         None, description="whether emulators are refused; None: if a cloud project does not begin with `demo-`"
     )
@@ -56,6 +58,12 @@ class Settings(Section):
                 f"`limits`: {self.gateway.replicas} gateways (`gateway.replicas`) would each count alone. Set "
                 "`limits.redis_url`, or run one gateway"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prices_are_of_bases(self) -> Self:
+        if unknown := self.usage.prices.keys() - {base.id for base in self.bases}:
+            raise ValueError(f"`usage.prices`: `{min(unknown)}` is not the id of one of `bases`")
         return self
 
     @property

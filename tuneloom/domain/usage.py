@@ -120,6 +120,12 @@ class Price(BaseModel):
     cached: float | None = Field(None, ge=0)
     output: float = Field(ge=0)
 
+    def of(self, amounts: Amounts) -> float:
+        """What these tokens cost, in millionths."""
+        cached = self.input if self.cached is None else self.cached
+        fresh = amounts.input_tokens - amounts.cached_tokens
+        return fresh * self.input + amounts.cached_tokens * cached + amounts.output_tokens * self.output
+
 
 def hour_of(at_s: float) -> str:
     """The hour of a time, in UTC: `2026-11-26T16`. Sorts by time."""

@@ -15,7 +15,7 @@ CHUNK = 500
 # A part may be folded between two queries; then both are asked again.
 ATTEMPTS = 5
 # Sorts behind everything that an id may hold after the hour.
-_END = "~"
+AFTER_HOUR = "~"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read(records: Records, first: str, last: str, owner: str | None = None) -> l
     Lines that agree in hour and use are added up; in the order of hours.
     """
     where: dict[str, Scalar] = {} if owner is None else {"owner": owner}
-    bounds = Range(at_least=first, at_most=last + _END)
+    bounds = Range(at_least=first, at_most=last + AFTER_HOUR)
 
     def read_rows() -> dict[tuple[str, str, Used], Amounts]:
         rows = _all(records.usage_rows, where, bounds)
