@@ -3,8 +3,9 @@
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import anyio.to_thread
 from starlette.requests import HTTPConnection
@@ -78,20 +79,33 @@ class Keys:
         return found[0].value
 
 
-class Authentication:
-    """ASGI: everything under `/v1/` needs a key; `request.state.principal` says whose it is."""
+class SignIn(Protocol):
+    """Finds the person of an ID token."""
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    async def authenticate(self, token: str, headers: Mapping[str, str]) -> Principal: ...
+
+
+class Authentication:
+    """ASGI: everything under `/v1/` needs a key, or the ID token of a person if people sign in.
+
+    `request.state.principal` says whose it is.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, people: SignIn | None = None) -> None:
         self._app = app
         self._keys = keys
+        self._people = people
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            token = read_bearer(HTTPConnection(scope).headers.get("authorization"))
-            scope.setdefault("state", {})["principal"] = await self._caller(token)
+            headers = HTTPConnection(scope).headers
+            token = read_bearer(headers.get("authorization"))
+            scope.setdefault("state", {})["principal"] = await self._caller(token, headers)
         await self._app(scope, receive, send)
 
-    async def _caller(self, token: str) -> Principal:
+    async def _caller(self, token: str, headers: Mapping[str, str]) -> Principal:
+        if self._people is not None and looks_like_jwt(token):
+            return await self._people.authenticate(token, headers)
         return await self._keys.authenticate(token)
 
 
@@ -109,6 +123,11 @@ def read_bearer(authorization: str | None) -> str:
         error.code = None
         raise error
     return secret.strip()
+
+
+def looks_like_jwt(token: str) -> bool:
+    """Whether it is rather a JSON Web Token than an API key."""
+    return token.startswith("eyJ") and token.count(".") == 2
 
 
 def mask(secret: str) -> str:

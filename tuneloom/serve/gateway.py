@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
 
-from tuneloom.config import Settings, read_pepper
+from tuneloom.config import Settings, check_production, read_pepper
 from tuneloom.serve.app import CONTROL_APP
+from tuneloom.serve.firebase import open_people
 from tuneloom.serve.handles import serve_bases
 from tuneloom.serve.ingress import Context, make_app
 from tuneloom.store import open_store
@@ -26,12 +28,14 @@ class Gateway:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = Settings.model_validate(settings)
+        check_production(self._settings, os.environ)
         self._store = open_store(self._settings)
         self._pepper = read_pepper(self._settings)
         self._bases = serve_bases(self._settings)
 
     def __serve_build_asgi_app__(self) -> Starlette:
-        return make_app(Context(self._settings, self._store, self._pepper, self._bases, Poke()))
+        people = open_people(self._settings, os.environ)
+        return make_app(Context(self._settings, self._store, self._pepper, self._bases, Poke(), people))
 
     async def check_health(self) -> None:
         """Raises unless the store answers."""

@@ -29,7 +29,7 @@ from tuneloom.generation import Finished, Frame, GenerationRequest
 from tuneloom.serve import edge, sse
 from tuneloom.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from tuneloom.serve.api_bases import BasesApi
-from tuneloom.serve.auth import Authentication, Keys
+from tuneloom.serve.auth import Authentication, Keys, SignIn
 from tuneloom.serve.body import parse_object
 from tuneloom.serve.guard import Guard
 from tuneloom.serve.openai import Call, parse_chat, parse_completion
@@ -48,13 +48,17 @@ LARGE_BODY_BYTES = 256 << 10
 
 @dataclass(frozen=True)
 class Context:
-    """What the application works with. `bases` finds a base by id; `poke` wakes the control loop and never fails."""
+    """What the application works with. `bases` finds a base by id; `poke` wakes the control loop and never fails.
+
+    `people` is there if they sign in.
+    """
 
     settings: Settings
     store: Store
     pepper: bytes
     bases: Bases
     poke: Callable[[], None]
+    people: SignIn | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,11 @@ def make_app(context: Context) -> Starlette:
             ),
             Middleware(edge.Edge),
             Middleware(edge.BodyLimit, settings=gateway),
-            Middleware(Authentication, keys=Keys(context.store.records, context.pepper, cache_s=gateway.key_cache_s)),
+            Middleware(
+                Authentication,
+                keys=Keys(context.store.records, context.pepper, cache_s=gateway.key_cache_s),
+                people=context.people,
+            ),
         ],
         exception_handlers={HTTPException: edge.answer_http_exception},
     )
