@@ -183,7 +183,7 @@ class GcsBlobs:
                     )
             except exceptions.PreconditionFailed:
                 return False
-            except (exceptions.NotFound, exceptions.Gone, exceptions.BadRequest, DataCorruption, ValueError) as error:
+            except (exceptions.ClientError, DataCorruption, ValueError) as error:
                 # The session is lost, or the library (3.17) and the server disagree about what has arrived: anew.
                 self._bucket.check()
                 last = error

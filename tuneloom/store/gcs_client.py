@@ -26,6 +26,7 @@ EMULATOR = "STORAGE_EMULATOR_HOST"
 ROLE = "roles/storage.objectUser"
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 CONNECTIONS = 32
+UNDERSTOOD = {400, 404, 410, 412}
 RETRY_AFTER_S = 5.0
 # How long one try waits for a connection, and then for each next byte.
 CONNECT_S = 3.05
@@ -109,7 +110,7 @@ def no_bucket(bucket: str) -> TuneloomError:
 
 @contextlib.contextmanager
 def asking(bucket: str) -> Iterator[None]:
-    """Answers of Cloud Storage as our errors, but for those that the caller understands: 400, 404, 410 and 412."""
+    """Answers of Cloud Storage as our errors, but for those that the caller understands: `UNDERSTOOD`."""
     try:
         yield
     except (exceptions.Unauthorized, exceptions.Forbidden, auth.RefreshError) as error:
@@ -122,9 +123,9 @@ def asking(bucket: str) -> Iterator[None]:
         raise Overloaded(
             f"Cloud Storage does not answer for the bucket `{bucket}`. Try again.", retry_after_s=RETRY_AFTER_S
         ) from error
-    except (exceptions.BadRequest, exceptions.NotFound, exceptions.Gone, exceptions.PreconditionFailed):
-        raise
     except exceptions.GoogleAPICallError as error:
+        if error.code in UNDERSTOOD:
+            raise
         raise TuneloomError(
             f"Cloud Storage answered {error.code} for the bucket `{bucket}`: {error.message}"
         ) from error
