@@ -23,6 +23,7 @@ LINES_OF_PART = 100
 # Of one commit: parts, and lines of them all, so that it stays far below a megabyte.
 PARTS_OF_COMMIT, LINES_OF_COMMIT = 400, 2000
 MAX_LINES = 50_000
+TRIES = 3
 # Names what was used when there were too many lines to tell.
 OTHER = "(other)"
 
@@ -100,8 +101,8 @@ class UsageWriter:
 
     def _write_out(self, parts: list[_Part]) -> bool:
         try:
-            # Again at once: a part may have been folded.
-            return self._write(parts) or self._write(parts)
+            # Again at once: a part may have been folded, or written by a commit that gave no answer.
+            return any(self._write(parts) for _ in range(TRIES))
         except Exception as error:
             # Whatever it was, the totals are still here.
             logger.warning("usage could not be written and waits: %s", error)
