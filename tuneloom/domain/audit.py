@@ -15,7 +15,7 @@ class Actor(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: Literal["key", "person", "anonymous", "cli"]
+    kind: Literal["key", "person", "anonymous", "cli", "system"]
     id: str
     owner: str = ""
     address: str | None = None
