@@ -18,6 +18,7 @@ from tuneloom.control.api_files import FilesApi
 from tuneloom.control.api_jobs import JobsApi
 from tuneloom.control.api_keys import KeysApi
 from tuneloom.control.api_models import ModelsApi
+from tuneloom.control.api_rows import RowsApi
 from tuneloom.control.api_uploads import UploadsApi
 from tuneloom.control.context import ApiContext
 
@@ -30,6 +31,7 @@ def routes(context: ApiContext) -> list[Route]:
     checks = ChecksApi(context)
     apis = (
         FilesApi(context),
+        RowsApi(context),
         UploadsApi(context),
         checks,
         EstimateApi(context, checks),

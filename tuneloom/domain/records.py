@@ -14,7 +14,10 @@ from tuneloom.domain.values import AdapterRef
 
 
 class File(Record):
-    """An uploaded data set, immutable. `blob` is its key in the blob store. A deleted file keeps no record."""
+    """A data set, immutable. `blob` is its key in the blob store. A deleted file keeps no record.
+
+    `provenance` tells how its rows came to be, where they were not uploaded: drafted, or edited from another file.
+    """
 
     collection: ClassVar[str] = "files"
     filename: str
@@ -26,6 +29,7 @@ class File(Record):
     expires_at: float | None = None
     status: Literal["uploaded", "processed", "error"] = "processed"
     status_details: str | None = None
+    provenance: dict[str, Any] | None = None
 
 
 class Upload(Record):

@@ -21,19 +21,33 @@ Each row becomes a `Conversation`, a `Pair`, a `Text` or a `Preference`. Problem
 """
 
 from tuneloom.rows.convert import to_json_lines
+from tuneloom.rows.edit import Appended, Edit, NewRow
+from tuneloom.rows.export import ExportFormat, export, plan_export
 from tuneloom.rows.formats import Conversation, Method, Pair, Preference, Row, Text
+from tuneloom.rows.raw import RawRow, RowPage, SeenRow, raw_rows, read_page
 from tuneloom.rows.scan import MAX_LINE_BYTES, MAX_PROBLEMS, Problem, Scan
 
 __all__ = [
     "MAX_LINE_BYTES",
     "MAX_PROBLEMS",
+    "Appended",
     "Conversation",
+    "Edit",
+    "ExportFormat",
     "Method",
+    "NewRow",
     "Pair",
     "Preference",
     "Problem",
+    "RawRow",
     "Row",
+    "RowPage",
     "Scan",
+    "SeenRow",
     "Text",
+    "export",
+    "plan_export",
+    "raw_rows",
+    "read_page",
     "to_json_lines",
 ]

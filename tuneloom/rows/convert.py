@@ -31,9 +31,9 @@ def to_json_lines(
     file = io.BufferedReader(_Reader(iter(chunks)), CHUNK_BYTES)
     try:
         if kind == "csv":
-            yield from _joined(_lines(CsvRows(file, max_row_bytes), max_row_bytes))
+            yield from joined(_lines(CsvRows(file, max_row_bytes), max_row_bytes))
         elif _is_array(file):
-            yield from _joined(_lines(JsonRows(file, max_row_bytes), max_row_bytes))
+            yield from joined(_lines(JsonRows(file, max_row_bytes), max_row_bytes))
         else:
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
@@ -128,7 +128,8 @@ class _Reader(io.RawIOBase):
         return filled
 
 
-def _joined(lines: Iterator[bytes]) -> Iterator[bytes]:
+def joined(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of about a megabyte."""
     joined = bytearray()
     for line in lines:
         joined += line

@@ -11,7 +11,7 @@ from tuneloom.rows.parse import BOM, check_encoding, parse_value
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """Columns that make a format. Cells of `json` columns hold JSON; in optional ones they may be empty."""
 
     required: tuple[str, ...]
@@ -33,16 +33,20 @@ class _Column:
     is_optional: bool
 
 
-_TABLES = (
-    _Table(("messages",), ("tools",), json=("messages", "tools")),
-    _Table(("prompt", "completion")),
-    _Table(("instruction", "output"), ("input",)),
-    _Table(("input", "output")),
-    _Table(("text",)),
-    _Table(("conversations",), ("system", "tools"), json=("conversations", "tools")),
-    _Table(("prompt", "chosen", "rejected")),
+TABLES = (
+    Table(
+        ("messages",),
+        ("tools", "functions", "parallel_tool_calls"),
+        json=("messages", "tools", "functions", "parallel_tool_calls"),
+    ),
+    Table(("prompt", "completion")),
+    Table(("instruction", "output"), ("input",)),
+    Table(("input", "output")),
+    Table(("text",)),
+    Table(("conversations",), ("system", "tools"), json=("conversations", "tools")),
+    Table(("prompt", "chosen", "rejected")),
     *(
-        _Table(columns, json=columns)
+        Table(columns, json=columns)
         for columns in (
             ("input", "preferred_output", "non_preferred_output"),
             ("input", "preferred_completion", "non_preferred_completion"),
@@ -142,25 +146,25 @@ class _Lines:
             raise Wrong(f"Not UTF-8: the byte 0x{raw[error.start]:02x}. Save the file as `CSV UTF-8`.") from None
 
 
-def _table_of(columns: list[str]) -> _Table:
+def _table_of(columns: list[str]) -> Table:
     """Raises Wrong if the columns are those of no format."""
     if (twice := first_repeated(columns)) is not None:
         raise Wrong(f"The header names the column {quoted(twice)} twice.")
-    for table in _TABLES:
+    for table in TABLES:
         if {*table.required} <= {*columns} <= {*table.required, *table.optional}:
             return table
     if len(columns) == 1 and (separator := next((mark for mark in ";\t|" if mark in columns[0]), None)):
         raise Wrong(f"The header's columns are separated by {quoted(separator)}. Separate cells by commas.")
     if columns[0].startswith(("[", "{")):
         raise Wrong("The file is JSON, not CSV. Give its name the end `.json`, or `.jsonl` for one object per line.")
-    known = [table for table in _TABLES if {*table.required} <= {*columns}]
+    known = [table for table in TABLES if {*table.required} <= {*columns}]
     if known:
         table = max(known, key=lambda table: len(table.required))
         unknown = [name for name in columns if name not in (*table.required, *table.optional)]
         names = ", ".join(quoted(name) for name in unknown[:5])
         raise Wrong(f"Unknown column beside {table.name}: {names}. Remove it.")
     names = ", ".join(quoted(name) for name in columns[:8])
-    formats = ", ".join(table.name for table in _TABLES)
+    formats = ", ".join(table.name for table in TABLES)
     raise Wrong(f"The header's columns are those of no format: {names}. Formats are {formats}.")
 
 

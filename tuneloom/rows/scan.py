@@ -56,7 +56,7 @@ class Scan:
 
     def rows(self, file: BinaryIO) -> Iterator[tuple[int, Row]]:
         """Good rows with their line numbers, in order."""
-        for number, raw in _lines(file, self.max_line_bytes):
+        for number, raw in numbered_lines(file, self.max_line_bytes):
             if raw is None:
                 self.num_rows += 1
                 self.add(number, f"The line is longer than {self.max_line_bytes:,} bytes. Split the row.")
@@ -98,7 +98,7 @@ class Scan:
             self.add(None, f"The file has {_count(self.num_rows, 'row')}; at least {self.min_rows} are needed.")
 
 
-def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+def numbered_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
     """Numbered lines without reading more than `max_bytes` at once; None stands for a longer line."""
     number = 0
     while line := file.readline(max_bytes + 1):
