@@ -4,6 +4,7 @@ A file `config.yaml` in the home folder overrides the defaults, which run on one
 environment says only where home is (`TUNELOOM_HOME`) and is read by entry points, never by an import.
 """
 
+from tuneloom.config.drafting import DraftingSettings, DraftProviderSettings
 from tuneloom.config.engine import BaseSettings, EngineSettings
 from tuneloom.config.gateway import GatewaySettings
 from tuneloom.config.identity import AUTH_EMULATOR, IdentitySettings, check_production
@@ -22,6 +23,8 @@ __all__ = [
     "SIGNING_KEY_FILE",
     "BaseSettings",
     "ControlSettings",
+    "DraftProviderSettings",
+    "DraftingSettings",
     "EngineSettings",
     "GatewaySettings",
     "IdentitySettings",

@@ -3,6 +3,20 @@
 from tuneloom.domain.access import ApiKey, Principal, Rates
 from tuneloom.domain.audit import Actor, AuditEntry, AuditTarget
 from tuneloom.domain.limits import Allowance, OwnerLimits
+from tuneloom.domain.drafting import (
+    ROLE_TEMPERATURES,
+    Draft,
+    DraftBatch,
+    DraftCounts,
+    DraftEnd,
+    Drafter,
+    DrafterReport,
+    DraftFormat,
+    DraftPrice,
+    DraftRole,
+    DraftSpec,
+    RowLength,
+)
 from tuneloom.domain.names import (
     MODEL_NAME,
     OWNER,
@@ -84,6 +98,7 @@ __all__ = [
     "OWNER",
     "RESERVED_NAMES",
     "RESERVED_OWNERS",
+    "ROLE_TEMPERATURES",
     "TERMINAL",
     "TEST_EVENT",
     "Actor",
@@ -96,6 +111,16 @@ __all__ = [
     "AuditTarget",
     "Checkpoint",
     "DeliveryState",
+    "Draft",
+    "DraftBatch",
+    "DraftCounts",
+    "DraftEnd",
+    "DraftFormat",
+    "DraftPrice",
+    "DraftRole",
+    "DraftSpec",
+    "Drafter",
+    "DrafterReport",
     "Estimate",
     "Event",
     "EventType",
@@ -116,6 +141,7 @@ __all__ = [
     "Record",
     "Registration",
     "Repeat",
+    "RowLength",
     "Scope",
     "Setting",
     "Speed",

@@ -11,6 +11,8 @@ from tuneloom.domain import (
     ApiKey,
     AuditEntry,
     Checkpoint,
+    Draft,
+    Drafter,
     Event,
     File,
     FileCheck,
@@ -121,6 +123,8 @@ class Records:
         self.uploads = Table(documents, Upload)
         self.upload_parts = Table(documents, UploadPart)
         self.file_checks = Table(documents, FileCheck)
+        self.drafts = Table(documents, Draft)
+        self.drafters = Table(documents, Drafter)
         self.jobs = Table(documents, Job)
         self.progress = Table(documents, Progress)
         self.events = Table(documents, Event)
