@@ -9,7 +9,8 @@ import httpx2
 import pytest
 from openai import AsyncOpenAI
 
-from tuneloom.config import BaseSettings, Settings
+from tests.serve import google as fake_google
+from tuneloom.config import BaseSettings, Pepper, Settings
 from tuneloom.control import keys
 from tuneloom.domain import AdapterRef, Model, Scope, Version, ft_name, model_id, version_id
 from tuneloom.engine.base import EngineStats
@@ -19,7 +20,7 @@ from tuneloom.serve.ingress import Context, make_app
 from tuneloom.store import Store, open_store
 
 BASE = "tiny/llama"
-PEPPER = b"p" * 32
+PEPPER = Pepper((b"p" * 32,))
 STATS = EngineStats(0, 0, 0, 100, 0, 0.0, 0, 0, 0)
 
 Step = Frame | Exception | float
@@ -173,3 +174,9 @@ def service(settings: Settings, store: Store) -> Service:
 async def client(service: Service) -> AsyncIterator[AsyncOpenAI]:
     async with service.openai(service.key()) as client:
         yield client
+
+
+@pytest.fixture
+def google() -> Iterator[fake_google.Google]:
+    with fake_google.running() as google:
+        yield google

@@ -53,6 +53,5 @@ class GoogleClock:
 
     def describe(self) -> str:
         """How far this machine's clock is from Google's, as a clause."""
-        return (
-            f"the server's clock is {abs(self.ahead_s):.0f} s {'ahead of' if self.ahead_s > 0 else 'behind'} Google's"
-        )
+        where = "ahead of" if self.ahead_s > 0 else "behind"
+        return f"the server's clock is {abs(self.ahead_s):.0f} s {where} Google's"

@@ -89,15 +89,7 @@ class KeySet:
                 answer = (await self._http.get(self._url)).raise_for_status()
             self._clock.learn(answer, sent_at)
             self._keys = self._parse(answer.content)
-        except (
-            httpx.HTTPError,
-            httpx.InvalidURL,
-            TimeoutError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-        ) as error:
+        except (httpx.HTTPError, TimeoutError, ValueError, TypeError, AttributeError) as error:
             self._has_failed = True
             logger.warning("%s cannot be fetched from %s: %r", self._what, self._url, error)
             return

@@ -112,8 +112,8 @@ class Users:
             # Whatever it is, nobody else is asked about more users until it may have passed.
             self._down_until = self._monotonic() + RETRY_S
             logger.warning(
-                "Firebase Auth does not tell about users (%s). Without its answers nobody stays signed in for more than "
-                "%.0f s. It needs Application Default Credentials of an account with the role "
+                "Firebase Auth does not tell about users (%s). Without its answers nobody stays signed in for more "
+                "than %.0f s. It needs Application Default Credentials of an account with the role "
                 "`roles/firebaseauth.viewer`, or `identity.revocation_check_s: null`.",
                 _describe(error),
                 KEEP_S,
