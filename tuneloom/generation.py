@@ -79,6 +79,7 @@ class GenerationRequest:
 
     `echo`: the prompt's text comes first in each choice (completions only). `priority`: the higher goes first among
     requests of one owner. `is_streamed`: deltas are wanted as they come; else they may all come at the end.
+    `key_id` and `model` are what its use is counted under: a name that never changes its meaning, not that of the call.
     """
 
     id: str
@@ -91,6 +92,8 @@ class GenerationRequest:
     priority: int = 0
     response_format: ResponseFormat | None = None
     is_streamed: bool = True
+    key_id: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
+    """What a request has taken. `device_s`: its share of the time of the device."""
+
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    device_s: float = 0.0
 
 
 @dataclass(frozen=True)

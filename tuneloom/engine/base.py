@@ -8,6 +8,16 @@ from tuneloom.domain import AdapterRef
 from tuneloom.generation import FinishReason, SamplingParams
 
 
+@dataclass(eq=False)
+class Meter:
+    """What one sequence has taken of the device so far: its share of the time of each step, by tokens computed.
+
+    The engine adds to it, also after whoever asked has gone; others read.
+    """
+
+    device_s: float = 0.0
+
+
 @dataclass(frozen=True)
 class SequenceRequest:
     """One generation. `params.n`, `stop` and `max_tokens` None are resolved before: here n is 1, `stop` is unused
@@ -26,6 +36,7 @@ class SequenceRequest:
     deadline_s: float = 600.0
     priority: int = 0
     grammar: str | None = None
+    meter: Meter = field(default_factory=Meter, compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,7 @@ class EngineStats:
     `step_ms`, `step_tokens`, `tokens_per_s`: moving means of a step's time, of the tokens it computes (prompt and
     answer), and of answer tokens per second of step time. `preemptions`: running sequences that gave up their place
     for want of cache room and were computed anew later. `tiers`: `slot`, `host` and, where a replica has one, `disk`.
+    `busy_s`: the time of all steps since the start.
     """
 
     running: int
@@ -104,6 +116,7 @@ class EngineStats:
     tokens_per_s: float = 0.0
     tiers: dict[str, TierStats] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    busy_s: float = 0.0
 
 
 class Engine(Protocol):

@@ -90,6 +90,7 @@ class EngineCore:
         self._refused: list[tuple[Sequence, TuneloomError]] = []
         self._num_steps = self._num_generated = 0
         self._step_ms = self._step_tokens = self._step_answers = 0.0
+        self._busy_s = 0.0
         self.did_run = False
 
     @property
@@ -176,6 +177,7 @@ class EngineCore:
             self._num_steps += 1
             events += self._run(work, started)
             self._compact()
+            self._charge(work, self._clock() - started)
         return events
 
     @torch.inference_mode()
@@ -208,6 +210,7 @@ class EngineCore:
             preemptions=scheduler.num_preemptions,
             step_tokens=self._step_tokens,
             tokens_per_s=1000 * self._step_answers / self._step_ms if self._step_ms else 0.0,
+            busy_s=self._busy_s,
             tiers=self.adapters.tiers(),
             extra={
                 "device": str(self._parts.device),
@@ -332,6 +335,15 @@ class EngineCore:
         self._step_ms += (elapsed_ms - self._step_ms) * gain
         self._step_tokens += (work.num_tokens - self._step_tokens) * gain
         self._step_answers += (num_answers - self._step_answers) * gain
+
+    def _charge(self, work: Work, elapsed_s: float) -> None:
+        """Share the time of a step among its sequences, also of one that failed."""
+        self._busy_s += elapsed_s
+        share = elapsed_s / work.num_tokens
+        for sequence in work.decoding:
+            sequence.request.meter.device_s += share
+        for sequence, count in work.prefilling:
+            sequence.request.meter.device_s += share * count
 
     def _advance(self, work: Work, logits: Tensor | None) -> list[tuple[Sequence, TokenOutput | TuneloomError]]:
         """Count what was computed, and choose the next tokens of those that have all of theirs computed."""
