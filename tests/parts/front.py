@@ -13,7 +13,7 @@ from tests.parts.servers import HOST
 TIMEOUT_S = 60.0
 _PIECE = 1 << 16
 
-Fault = Literal["cut_request", "cut_answer", "lose_answer", "stall"]
+Fault = Literal["pass", "cut_request", "cut_answer", "lose_answer", "stall"]
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Front:
 
     Each fault strikes the next requests whose line holds its text, as often as was said:
     - a status: it is the answer, and the part sees nothing;
+    - `pass`: none, for the one after it to strike later;
     - `cut_request`: the connection ends in the middle of the body, and the part sees nothing;
     - `lose_answer`: the part has done it, and the connection ends without an answer;
     - `cut_answer`: the connection ends in the middle of the answer's body;

@@ -183,7 +183,7 @@ class GcsBlobs:
                     )
             except exceptions.PreconditionFailed:
                 return False
-            except (exceptions.ClientError, DataCorruption, ValueError) as error:
+            except (exceptions.GoogleAPICallError, DataCorruption, ValueError) as error:
                 # The session is lost, or the library (3.17) and the server disagree about what has arrived: anew.
                 self._bucket.check()
                 last = error
@@ -231,7 +231,8 @@ def _at_hand(source: bytes | Path | Iterable[bytes]) -> Iterator[_Content]:
         else:
             # Without a name in any folder: it goes with the process.
             file = cast(BinaryIO, stack.enter_context(tempfile.SpooledTemporaryFile(SPOOLED_BYTES)))
-            file.writelines(source)
+            for chunk in source:  # `writelines` would hold all of them before it looks how many there are.
+                file.write(chunk)
             file.seek(0)
         sha256, crc32c, size = hashlib.sha256(), google_crc32c.Checksum(), 0
         while chunk := file.read(CHUNK_BYTES):

@@ -113,7 +113,7 @@ def asking(bucket: str) -> Iterator[None]:
     """Answers of Cloud Storage as our errors, but for those that the caller understands: `UNDERSTOOD`."""
     try:
         yield
-    except (exceptions.Unauthorized, exceptions.Forbidden, auth.RefreshError) as error:
+    except (exceptions.Unauthorized, exceptions.Forbidden, auth.RefreshError, auth.InvalidOperation) as error:
         logger.warning("Cloud Storage refused: %s", error)
         raise TuneloomError(
             f"Cloud Storage refuses the bucket `{bucket}` to this process's account. Grant the account `{ROLE}` on it."
@@ -132,6 +132,8 @@ def asking(bucket: str) -> Iterator[None]:
 
 
 def _connect(bucket: str) -> storage.Client:
+    # For traces, google-cloud-storage 3.17 asks in a thread for the bucket itself, which the role does not allow.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     credentials = _credentials(bucket)
     session = AuthorizedSession(credentials)
     # Calls to an emulator of this machine do not go through the proxy of its shell.
