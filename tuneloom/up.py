@@ -3,6 +3,7 @@
 Each step is safe to repeat, so that a second `up` after an interrupted one takes over where it is.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import httpx
 
 from tuneloom import bases, cluster
 from tuneloom.cluster import ClusterError, ClusterState, Report
-from tuneloom.config import DEFAULT_BASE, Settings, read_pepper
+from tuneloom.config import DEFAULT_BASE, Settings, check_production, read_pepper
 from tuneloom.domain import ALL_SCOPES, LOCAL_OWNER, hash_secret
 from tuneloom.errors import InvalidRequest
 
@@ -38,7 +39,9 @@ def up(settings: Settings, report: Report, timeout_s: float = READY_TIMEOUT_S) -
 
     Raises:
         ClusterError: it did not come up; a cluster that was started for it is ended. The message says where to look.
+        InvalidRequest: the environment points at emulators, and this is production.
     """
+    check_production(settings, os.environ)
     home = settings.home
     with cluster.exclusive(home):
         running = cluster.read_state(home)

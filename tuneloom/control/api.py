@@ -17,6 +17,7 @@ from tuneloom.control.api_estimate import EstimateApi
 from tuneloom.control.api_files import FilesApi
 from tuneloom.control.api_jobs import JobsApi
 from tuneloom.control.api_keys import KeysApi
+from tuneloom.control.api_me import MeApi
 from tuneloom.control.api_models import ModelsApi
 from tuneloom.control.api_rows import RowsApi
 from tuneloom.control.api_uploads import UploadsApi
@@ -38,6 +39,7 @@ def routes(context: ApiContext) -> list[Route]:
         JobsApi(context),
         ModelsApi(context),
         KeysApi(context),
+        MeApi(context),
     )
     return [
         Route(route.path, _stamped(route.endpoint), methods=sorted(route.methods or ()))
