@@ -32,12 +32,12 @@ def _filled(default: Allowance) -> BeforeValidator:
 
 RedisUrl = Annotated[str, AfterValidator(_check_redis)]
 Network = Annotated[str, AfterValidator(_check_network)]
-OWNER = Allowance(costly_per_minute=60, reads_per_minute=3000)
+OWNER = Allowance(costly_per_minute=60, light_per_minute=3000)
 ANONYMOUS = Allowance(
     rates=Rates(requests_per_minute=20, requests_per_day=500, tokens_per_minute=40_000),
     costly_per_minute=10,
     costly_per_day=50,
-    reads_per_minute=300,
+    light_per_minute=300,
     max_concurrent=4,
     max_queued_jobs=2,
     files_bytes=256 << 20,

@@ -12,7 +12,7 @@ class Allowance(BaseModel):
     """Everything that may be limited of one owner. None: by the installation's settings; there, None: no limit.
 
     `rates` of calls of models by all their keys together, `model_rates` of those of each single Model or base.
-    `costly_*` creates of jobs, files, uploads, drafts, keys, and checks and estimates; `reads_per_minute` of GETs.
+    `costly_*` creates of jobs, files, uploads, drafts, keys, and checks and estimates; `light_per_minute` of all else.
     `max_concurrent*`: calls of models under way; `max_waiting`: those of them that have no first token yet.
     `*_per_month`: since the first of the month, UTC; tokens in and out and trained, and costs as usage counts them.
     """
@@ -22,7 +22,7 @@ class Allowance(BaseModel):
     model_rates: Rates = Rates()
     costly_per_minute: int | None = Field(None, ge=1)
     costly_per_day: int | None = Field(None, ge=1)
-    reads_per_minute: int | None = Field(None, ge=1)
+    light_per_minute: int | None = Field(None, ge=1)
     max_concurrent: int | None = Field(None, ge=1)
     max_concurrent_per_key: int | None = Field(None, ge=1)
     max_waiting: int | None = Field(None, ge=1)
@@ -34,8 +34,8 @@ class Allowance(BaseModel):
     def over(self, default: "Allowance") -> "Allowance":
         """Each limit of this one, or `default`'s where it has none."""
         own = {name: value for name, value in self if value is not None and not isinstance(value, Rates)}
-        own["rates"] = _over(self.rates, default.rates)
-        own["model_rates"] = _over(self.model_rates, default.model_rates)
+        own["rates"] = over(self.rates, default.rates)
+        own["model_rates"] = over(self.model_rates, default.model_rates)
         return default.model_copy(update=own)
 
 
@@ -47,5 +47,6 @@ class OwnerLimits(Record):
     updated_at: float
 
 
-def _over(rates: Rates, default: Rates) -> Rates:
+def over(rates: Rates, default: Rates) -> Rates:
+    """Each rate of `rates`, or of `default` where it has none."""
     return default.model_copy(update={name: value for name, value in rates if value is not None})

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tuneloom.config import GatewaySettings
 from tuneloom.errors import InvalidRequest, NotFound, Overloaded, TooLarge, TuneloomError
 from tuneloom.serve.guard import REQUEST_ID
+from tuneloom.serve.limits_answer import HEADERS as RATE_LIMIT_HEADERS
 from tuneloom.serve.sse import ClientGone
 from tuneloom.store.base import BlobExists, BlobNotFound
 
@@ -32,6 +33,7 @@ EXPOSED_HEADERS = (
     "retry-after",
     "retry-after-ms",
     "x-should-retry",
+    *RATE_LIMIT_HEADERS,
 )
 # Fields and boundaries of a multipart body, beside the file in it.
 MULTIPART_SLACK = 1 << 20
@@ -106,6 +108,8 @@ class Edge:
                 headers["openai-processing-ms"] = str(round((self._clock() - started) * 1000))
                 if principal := state.get("principal"):
                     headers["openai-organization"] = principal.owner
+                if gate := state.get("gate"):
+                    headers.update(gate.headers)
             await send(message)
 
         try:

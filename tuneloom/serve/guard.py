@@ -18,7 +18,12 @@ from tuneloom.errors import InvalidRequest, Overloaded
 from tuneloom.serve.sse import DONE, event
 
 # For the processes of the cluster: Serve's proxy reads it when it starts.
-PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "tuneloom.serve.guard.proxy_middlewares"}
+PROXY_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "tuneloom.serve.guard.proxy_middlewares",
+    # By default uvicorn believes the `X-Forwarded-For` of whoever calls from this machine: `limits.trusted_proxies` says
+    # whom we believe.
+    "FORWARDED_ALLOW_IPS": "",
+}
 REQUEST_ID = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
