@@ -20,8 +20,8 @@ from tuneloom.serve.sse import DONE, event
 # For the processes of the cluster: Serve's proxy reads it when it starts.
 PROXY_ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "tuneloom.serve.guard.proxy_middlewares",
-    # By default uvicorn believes the `X-Forwarded-For` of whoever calls from this machine: `limits.trusted_proxies` says
-    # whom we believe.
+    # By default uvicorn believes the `X-Forwarded-For` of whoever calls from this machine; whom we believe is said by
+    # `limits.trusted_proxies`.
     "FORWARDED_ALLOW_IPS": "",
 }
 REQUEST_ID = "x-request-id"
