@@ -1,4 +1,4 @@
-"""The HTTP API of control: files, uploads, fine-tuning, models, keys.
+"""The HTTP API of control: files, uploads, fine-tuning, models, keys, webhooks.
 
 It runs in the ingress process, over the store alone: what it writes are intents, and control's reconcile, which may
 be down, carries them out. Every endpoint finds `request.state.principal` and raises `TuneloomError`s.
@@ -21,6 +21,7 @@ from tuneloom.control.api_me import MeApi
 from tuneloom.control.api_models import ModelsApi
 from tuneloom.control.api_rows import RowsApi
 from tuneloom.control.api_uploads import UploadsApi
+from tuneloom.control.api_webhooks import WebhooksApi
 from tuneloom.control.context import ApiContext
 
 __all__ = ["ApiContext", "audit", "routes"]
@@ -39,6 +40,7 @@ def routes(context: ApiContext) -> list[Route]:
         JobsApi(context),
         ModelsApi(context),
         KeysApi(context),
+        WebhooksApi(context),
         MeApi(context),
     )
     return [

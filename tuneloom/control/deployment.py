@@ -15,6 +15,9 @@ from tuneloom.control.file_checks import FileChecks
 from tuneloom.control.launcher import RayJobsLauncher, ray_jobs_client, ray_room
 from tuneloom.control.reconcile import Reconciler
 from tuneloom.control.sweep import sweep
+from tuneloom.control.webhook_dispatcher import Dispatcher
+from tuneloom.control.webhook_secrets import open_vault
+from tuneloom.control.webhook_sender import Sender
 from tuneloom.errors import TuneloomError
 from tuneloom.store import open_store
 
@@ -24,6 +27,8 @@ SWEEP_INTERVAL_S = 60.0
 # A tick may wait for the launcher some times over, each time up to its own limit.
 STUCK_AFTER_S = 180.0
 STOP_TIMEOUT_S = 8.0
+# For deliveries that are under way at the end; one that is cut off is sent again.
+DRAIN_TIMEOUT_S = 3.0
 
 
 class Ticker(Protocol):
@@ -41,6 +46,7 @@ class ControlLoop:
         *,
         sweep_interval_s: float = SWEEP_INTERVAL_S,
         stuck_after_s: float = STUCK_AFTER_S,
+        name: str = "reconcile",
     ) -> None:
         self._tickers = tickers
         self._sweep = sweep
@@ -51,7 +57,7 @@ class ControlLoop:
         self._stopping = False
         self._ticked_at = time.monotonic()
         self._swept_at = float("-inf")
-        self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._ticked_at = time.monotonic()
@@ -70,10 +76,10 @@ class ControlLoop:
     def check_health(self) -> None:
         """Raise TuneloomError if the loop has died or one tick hangs."""
         if not self._thread.is_alive():
-            raise TuneloomError("The reconcile loop has ended.")
+            raise TuneloomError(f"The {self._thread.name} loop has ended.")
         silent_s = time.monotonic() - self._ticked_at
         if silent_s > self._stuck_after_s:
-            raise TuneloomError(f"The reconcile loop has been stuck for {silent_s:.0f} s.")
+            raise TuneloomError(f"The {self._thread.name} loop has been stuck for {silent_s:.0f} s.")
 
     def _run(self) -> None:
         while not self._stopping:
@@ -110,18 +116,32 @@ class Control:
         self._file_checker = ProcessChecker(tree.home, tree.control.check_timeout_s, variable=FILE_CHECK_VARIABLE)
         file_checks = FileChecks(self._store.records, self._file_checker)
         self._loop = ControlLoop([reconciler, file_checks], lambda: sweep(self._store), tree.control.tick_s)
+        self._webhooks = Dispatcher(
+            self._store.records,
+            tree.webhooks,
+            lambda: open_vault(tree),
+            Sender(tree.webhooks),
+            wake=lambda: outbox.poke(),
+        )
+        outbox = ControlLoop([self._webhooks], self._webhooks.sweep, tree.webhooks.poll_s, name="outbox")
+        self._outbox = outbox
+        self._outbox.start()
         self._loop.start()
 
     def poke(self) -> None:
         self._loop.poke()
+        self._outbox.poke()
 
     def check_health(self) -> None:
         self._loop.check_health()
+        self._outbox.check_health()
 
     def __del__(self) -> None:
         # Serve calls this when the replica goes; after a failed start there is nothing to end.
         if "_loop" in self.__dict__:
+            self._outbox.stop()
             self._loop.stop()
+            self._webhooks.drain(DRAIN_TIMEOUT_S)
             self._checker.close()
             self._file_checker.close()
             self._store.close()

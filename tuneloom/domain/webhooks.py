@@ -17,7 +17,7 @@ EventType = Literal[
     "tuneloom.draft.failed",
 ]
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
-# Sent when its owner asks for it, to whatever endpoint, and tried once.
+# Sent to an endpoint when its owner asks for it, whatever else it wants.
 TEST_EVENT = "tuneloom.webhook.test"
 
 DeliveryState = Literal["pending", "delivered", "dead"]
@@ -62,6 +62,7 @@ class WebhookDelivery(Record):
     `body` is what is signed and sent, the same bytes at each try. `sequence` orders an owner's events: microseconds.
     `next_at` is when it is due; while `lease` is set, when the sender that took it counts as dead. `attempts` are the
     tries begun since it was written or replayed, `tries` what came of the last ones. `done_at` is its end.
+    A test is tried once.
     """
 
     collection: ClassVar[str] = "webhook_deliveries"
@@ -70,6 +71,7 @@ class WebhookDelivery(Record):
     type: str
     sequence: int
     body: str
+    is_test: bool = False
     created_at: float
     next_at: float
     state: DeliveryState = "pending"
