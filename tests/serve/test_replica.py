@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.serve.conftest import eventually
-from tuneloom.config import EngineSettings
+from tuneloom.config import EngineSettings, UsageSettings
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.base import EngineStats, SequenceOutput, SequenceRequest, TokenOutput
 from tuneloom.engine.text import Codec
@@ -32,7 +32,10 @@ from tuneloom.generation import (
 )
 from tuneloom.serve.callers import Callers
 from tuneloom.serve.replica import Replica, engine_config
+from tuneloom.serve.usage import Recorder
 from tuneloom.store.base import BlobNotFound
+from tuneloom.store.records import Records
+from tuneloom.store.usage_writer import UsageWriter
 
 pytestmark = pytest.mark.anyio
 ALIVE = {"gateway-1"}
@@ -78,9 +81,23 @@ def codec(tiny_base: Path) -> Codec:
     return Codec.load(tiny_base)
 
 
-def make_replica(engine: Any, codec: Codec, *, context_length: int = 64, max_parallel: int = 8) -> Replica:
+def make_replica(
+    engine: Any, codec: Codec, *, context_length: int = 64, max_parallel: int = 8, recorder: Recorder | None = None
+) -> Replica:
     callers = Callers(lambda name: name in ALIVE, every_s=0.05)
-    return Replica(engine, codec, callers, context_length=context_length, max_parallel=max_parallel)
+    return Replica(
+        engine,
+        codec,
+        callers,
+        recorder or unwritten(),
+        context_length=context_length,
+        max_parallel=max_parallel,
+    )
+
+
+def unwritten() -> Recorder:
+    """Counts and never writes it out."""
+    return Recorder(UsageWriter(cast(Records, None)), "tiny/llama", UsageSettings())
 
 
 def make_request(*prompts: Prompt, echo: bool = False, **params: Any) -> GenerationRequest:

@@ -15,6 +15,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel, ConfigDict
 
 from tests.serve.conftest import BASE, PEPPER, FakeBase, Service
+from tests.serve.test_replica import unwritten
 from tests.templates import FAMILIES, write_family
 from tests.tiny import make_base
 from tuneloom.config import EngineSettings, Settings
@@ -97,7 +98,12 @@ class serve:
         callers = Callers(lambda name: True, every_s=5)
         base = ServedBase()
         base.replica = Replica(
-            self._engine, Codec.load(self._base), callers, context_length=self._engine.max_length, max_parallel=4
+            self._engine,
+            Codec.load(self._base),
+            callers,
+            unwritten(),
+            context_length=self._engine.max_length,
+            max_parallel=4,
         )
         app = make_app(Context(self._settings, self._store, PEPPER, lambda _: base, lambda: None))
         service = Service(self._settings, self._store, base, app, [])

@@ -37,3 +37,14 @@ class Target(BaseModel):
     base: str
     adapter: AdapterRef | None = None
     version: str | None = None
+
+    @property
+    def stable_name(self) -> str:
+        """The name that use is counted under, which never changes its meaning: a base's id, `name@vN`, or that of a
+        checkpoint.
+        """
+        if self.version is None:
+            return self.base
+        # `version` is `{owner}:{name}:v{number}` or a checkpoint's name, whose last part begins otherwise.
+        *_, name, number = self.version.split(":")
+        return f"{name}@{number}" if number.startswith("v") else self.version

@@ -137,6 +137,8 @@ class _Service:
             is_streamed=call.stream,
             priority=call.priority,
             response_format=call.response_format,
+            key_id=principal.key_id,
+            model=target.stable_name,
         )
         answer = dialect.answer(call, target)
         await sse.until_disconnect(request.receive, self._context.bases(target.base).wake(_patience(request)))

@@ -25,6 +25,7 @@ from tuneloom.serve.identity import is_replica_alive, num_cores, num_here, own_i
 from tuneloom.serve.pins import PinFollower
 from tuneloom.serve.run import Encoded, Run
 from tuneloom.serve.scaling import load_of
+from tuneloom.serve.usage import Recorder
 from tuneloom.serve.warmup import Usage, Use, load_all, share
 
 if TYPE_CHECKING:
@@ -42,11 +43,19 @@ class Replica:
     """Generations on one engine. `max_parallel`: choices of one request that run at once; the rest wait their turn."""
 
     def __init__(
-        self, engine: Engine, codec: "Codec", callers: Callers, *, context_length: int, max_parallel: int
+        self,
+        engine: Engine,
+        codec: "Codec",
+        callers: Callers,
+        recorder: Recorder,
+        *,
+        context_length: int,
+        max_parallel: int,
     ) -> None:
         self._engine = engine
         self._codec = codec
         self._callers = callers
+        self._recorder = recorder
         self._context_length = context_length
         self._max_parallel = max_parallel
         self._numbers = itertools.count()
@@ -75,7 +84,7 @@ class Replica:
             self._usage.add(request.adapter)
         self._num_open += 1
         try:
-            with self._callers.working(caller, run.abandon):
+            with self._callers.working(caller, run.abandon), self._recorder.counting(request, run.usage):
                 async with aclosing(run.frames()) as frames:
                     async for frame in frames:
                         yield frame
@@ -164,6 +173,7 @@ class Base(Replica):
         from tuneloom.engine.engine import LocalEngine
         from tuneloom.engine.text import Codec
         from tuneloom.store import open_store
+        from tuneloom.store.usage_writer import UsageWriter
 
         tree = Settings.model_validate(settings)
         options = next(base for base in tree.bases if base.id == base_id)
@@ -178,12 +188,14 @@ class Base(Replica):
             engine,
             codec,
             Callers(is_replica_alive),
+            Recorder(UsageWriter(store.records), base_id, tree.usage),
             context_length=engine.max_length,
             max_parallel=options.engine.max_sequences,
         )
         self._disk = disk
         self._pins = PinFollower(store.records, base_id, engine.pin_adapter)
         self._is_started = True
+        self._recorder.start()
         await self._pins.start()
         if options.most_replicas > 1:
             await self._warm_up(options)
@@ -244,6 +256,7 @@ class Base(Replica):
         if self._is_started:
             await self._pins.stop()
             await self._engine.close()
+            await self._recorder.stop()
 
 
 def engine_config(settings: "EngineSettings", *, replicas_here: int = 1) -> "EngineConfig":

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tuneloom.engine.base import Engine, SequenceOutput, SequenceRequest, TokenOutput
+from tuneloom.engine.base import Engine, Meter, SequenceOutput, SequenceRequest, TokenOutput
 from tuneloom.errors import Overloaded, TuneloomError
 from tuneloom.generation import (
     Delta,
@@ -74,6 +74,7 @@ class Run:
         self._begun: set[int] = set()
         self._completion_tokens = 0
         self._cached_tokens = [0] * len(encoded)
+        self._meters = [Meter() for _ in range(len(encoded) * request.params.n)]
 
     async def frames(self) -> AsyncGenerator[Frame, None]:
         n = self._request.params.n
@@ -100,11 +101,23 @@ class Run:
                     break
                 pause_s = min(max(FLUSH_S, self._num_streams() / PIECES_PER_S), MAX_FLUSH_S)
                 await asyncio.wait({everything}, timeout=pause_s)
-            yield Finished(Usage(prompt_tokens, self._completion_tokens, sum(self._cached_tokens)))
+            yield Finished(self.usage())
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+    def usage(self) -> Usage:
+        """What it has taken so far; a prompt counts as soon as anything of it was computed."""
+        n = self._request.params.n
+        computed = {index // n for index, meter in enumerate(self._meters) if meter.device_s}
+        computed |= {index // n for index in self._begun}
+        return Usage(
+            sum(len(self._encoded[number].ids) for number in computed),
+            self._completion_tokens,
+            sum(self._cached_tokens),
+            sum(meter.device_s for meter in self._meters),
+        )
 
     async def _wait(self, timeout_s: float | None) -> None:
         """Until there is something to read, or everything is done."""
@@ -205,6 +218,7 @@ class Run:
             deadline_s=request.deadline_s,
             priority=request.priority,
             grammar=prompt.form.grammar,
+            meter=self._meters[index],
         )
 
 
