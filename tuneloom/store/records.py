@@ -54,10 +54,10 @@ class Table(Generic[T]):
     def __init__(self, documents: Documents, record_type: type[T]) -> None:
         self._documents = documents
         self._type = record_type
-        self._collection = record_type.collection
+        self.collection = record_type.collection
 
     def find(self, id: str) -> Stored[T] | None:
-        document = self._documents.find(self._collection, id)
+        document = self._documents.find(self.collection, id)
         return self._load(document) if document else None
 
     def get(self, id: str) -> Stored[T]:
@@ -79,7 +79,7 @@ class Table(Generic[T]):
     ) -> list[Stored[T]]:
         """Records by equality and one order, as `Documents.query`; `after` is the last record of the page before."""
         documents = self._documents.query(
-            self._collection,
+            self.collection,
             where,
             order_by=order_by,
             descending=descending,
@@ -90,14 +90,14 @@ class Table(Generic[T]):
         return [self._load(document) for document in documents]
 
     def create(self, record: T) -> Create:
-        return Create(self._collection, record.id, self._dump(record))
+        return Create(self.collection, record.id, self._dump(record))
 
     def replace(self, stored: Stored[T], record: T) -> Replace:
         assert record.id == stored.value.id, "a record keeps its id"
-        return Replace(self._collection, record.id, self._dump(record), stored.rev)
+        return Replace(self.collection, record.id, self._dump(record), stored.rev)
 
     def delete(self, stored: Stored[T]) -> Delete:
-        return Delete(self._collection, stored.value.id, stored.rev)
+        return Delete(self.collection, stored.value.id, stored.rev)
 
     def _dump(self, record: T) -> dict[str, Any]:
         return record.model_dump(mode="json")
@@ -109,7 +109,7 @@ class Table(Generic[T]):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise TuneloomError(
-                f"The record `{self._collection}/{document.id}` does not fit this version of tuneloom: "
+                f"The record `{self.collection}/{document.id}` does not fit this version of tuneloom: "
                 f"`{where}`: {first['msg']}. Run the version that wrote it, or a newer one."
             ) from error
 
@@ -144,6 +144,11 @@ class Records:
         self.usage_months = Table(documents, UsageMonth)
         self.webhook_endpoints = Table(documents, WebhookEndpoint)
         self.webhook_deliveries = Table(documents, WebhookDelivery)
+
+    @property
+    def collections(self) -> tuple[str, ...]:
+        """The names of all tables, in order."""
+        return tuple(sorted(table.collection for table in vars(self).values() if isinstance(table, Table)))
 
     def commit(self, *writes: Write) -> dict[tuple[str, str], str]:
         """Apply all writes or none; returns the new revisions by (collection, id). See `Documents.commit`."""
