@@ -28,6 +28,7 @@ from tuneloom.engine.base import SequenceRequest
 from tuneloom.errors import TuneloomError
 from tuneloom.generation import SamplingParams
 from tuneloom.serve.disk import DiskCache
+from tuneloom.serve.reads import Reads
 from tuneloom.serve.resolve import Resolver
 from tuneloom.store import Store, open_blobs, open_documents
 from tuneloom.store.records import Records
@@ -135,7 +136,7 @@ async def _swap_under_load(
     interval_s: float,
     tie: float,
 ) -> Tally:
-    resolver = Resolver(store.records, frozenset(), {})
+    resolver = Resolver(store.records, frozenset(), {}, Reads(10.0), stale_s=0)
     principal = Principal(owner=OWNER, key_id="bench", scopes=())
     tally = Tally()
     is_done = asyncio.Event()
@@ -143,7 +144,7 @@ async def _swap_under_load(
     async def stream(i: int) -> None:
         while not is_done.is_set():
             try:
-                target = await asyncio.to_thread(resolver.resolve, NAME, principal)
+                target = await resolver.resolve(NAME, principal)
                 assert target.adapter is not None
                 (request,) = requests([asked[i]], work.new, [target.adapter])
                 found = (await answer(ours.engine, request)).tokens

@@ -14,7 +14,7 @@ import pytest
 
 from tests.test_bases import write_gguf
 from tuneloom import cli, cluster, config
-from tuneloom.domain import LOCAL_OWNER, hash_secret
+from tuneloom.domain import LOCAL_OWNER
 from tuneloom.store import open_store
 
 BASE = "tiny/llama"
@@ -98,7 +98,7 @@ def test_keys_are_made_listed_and_revoked(shell: Shell):
 
     settings = config.load(shell.home)
     store = open_store(settings)
-    (stored,) = store.records.keys.query({"hash": hash_secret(config.read_pepper(settings), secret)})
+    (stored,) = store.records.keys.query({"hash": config.read_pepper(settings).hash(secret).hash})
     store.close()
     assert (stored.value.owner, stored.value.scopes) == (LOCAL_OWNER, ("inference",))
 

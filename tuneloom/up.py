@@ -14,7 +14,7 @@ import httpx
 from tuneloom import bases, cluster
 from tuneloom.cluster import ClusterError, ClusterState, Report
 from tuneloom.config import DEFAULT_BASE, Settings, check_production, read_pepper
-from tuneloom.domain import ALL_SCOPES, LOCAL_OWNER, hash_secret
+from tuneloom.domain import ALL_SCOPES, LOCAL_OWNER
 from tuneloom.errors import InvalidRequest
 
 KEY_FILE = "admin-key"
@@ -81,6 +81,7 @@ def ensure_admin_key(settings: Settings) -> tuple[str, bool]:
     """The admin key in the home folder, and whether it was made just now."""
     from tuneloom.control import keys
     from tuneloom.store import open_store
+    from tuneloom.store.keys import find_secret
 
     path = settings.home / KEY_FILE
     pepper = read_pepper(settings)
@@ -88,8 +89,8 @@ def ensure_admin_key(settings: Settings) -> tuple[str, bool]:
     try:
         if path.exists():
             secret = path.read_text().strip()
-            found = store.records.keys.query({"hash": hash_secret(pepper, secret)}, limit=1)
-            if found and found[0].value.revoked_at is None and "admin" in found[0].value.scopes:
+            found = find_secret(store.records, pepper.hashes(secret))
+            if found and found.key.revoked_at is None and "admin" in found.key.scopes:
                 return secret, False
         minted = keys.mint(store.records, pepper, owner=LOCAL_OWNER, name="admin", scopes=ALL_SCOPES)
         cluster.write_private(path, minted.secret + "\n")

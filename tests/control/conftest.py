@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tuneloom.config import BaseSettings, GatewaySettings, Settings
+from tuneloom.config import BaseSettings, GatewaySettings, Pepper, Settings
 from tuneloom.control.api import ApiContext, routes
 from tuneloom.domain import File, Job, JobSpec, Principal, new_id
 from tuneloom.errors import TuneloomError
@@ -20,6 +20,7 @@ from tuneloom.store import Store, open_blobs, open_documents
 from tuneloom.store.records import Records
 
 BASE = "tiny/llama"
+PEPPER = Pepper((b"p" * 32,))
 
 
 def open_test_store(folder: Path) -> Store:
@@ -62,7 +63,7 @@ class Api:
         self.store = store
         self.settings = settings
         self.pokes = 0
-        context = ApiContext(settings, store, b"p" * 32, self._poke)
+        context = ApiContext(settings, store, PEPPER, self._poke)
         self.app = Starlette(
             routes=routes(context), exception_handlers={TuneloomError: _answer_error}, middleware=[Middleware(StubAuth)]
         )

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.testclient import TestClient
 
-from tests.control.conftest import BASE, Api, StubAuth, _answer_error, assert_error
+from tests.control.conftest import BASE, PEPPER, Api, StubAuth, _answer_error, assert_error
 from tests.control.fakes import FakeChecker, FakeClock
 from tuneloom.bases import add_folder
 from tuneloom.control.api_checks import FAILURE_MEMORY_S, MAX_RUNNING_PER_OWNER, ChecksApi
@@ -33,7 +33,7 @@ class Checks:
     """The endpoint with a short wait, and the part of control that carries checks out when `tick` is called."""
 
     def __init__(self, api: Api, wait_s: float) -> None:
-        context = ApiContext(api.settings, api.store, b"p" * 32, lambda: None)
+        context = ApiContext(api.settings, api.store, PEPPER, lambda: None)
         app = Starlette(
             routes=ChecksApi(context, wait_s=wait_s).routes(),
             exception_handlers={TuneloomError: _answer_error},

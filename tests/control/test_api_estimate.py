@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.testclient import TestClient
 
-from tests.control.conftest import BASE, Api, StubAuth, _answer_error, assert_error
+from tests.control.conftest import BASE, PEPPER, Api, StubAuth, _answer_error, assert_error
 from tests.control.fakes import FakeChecker, FakeClock
 from tuneloom.bases import add_folder
 from tuneloom.config import TrainSettings
@@ -32,7 +32,7 @@ class Estimates:
 
     def __init__(self, api: Api, *, train: TrainSettings = PLAIN, wait_s: float = 0.0) -> None:
         settings = api.settings.model_copy(update={"train": train})
-        context = ApiContext(settings, api.store, b"p" * 32, lambda: None)
+        context = ApiContext(settings, api.store, PEPPER, lambda: None)
         checks = ChecksApi(context, wait_s=wait_s)
         app = Starlette(
             routes=EstimateApi(context, checks).routes(),

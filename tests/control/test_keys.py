@@ -3,17 +3,15 @@ import time
 
 import pytest
 
+from tests.control.conftest import PEPPER
 from tuneloom.control import keys
-from tuneloom.domain import hash_secret
 from tuneloom.errors import InvalidRequest, NotFound
-
-PEPPER = b"p" * 32
 
 
 def test_a_secret_is_shown_once_and_kept_as_a_keyed_hash(store):
     minted = keys.mint(store.records, PEPPER, owner="ada", name="laptop")
     assert re.fullmatch(r"sk-[A-Za-z0-9_-]{43}", minted.secret)
-    found = store.records.keys.query({"hash": hash_secret(PEPPER, minted.secret)})
+    found = store.records.keys.query({"hash": PEPPER.hash(minted.secret).hash})
     assert [stored.value.id for stored in found] == [minted.key.id]
     assert minted.secret not in minted.key.model_dump_json()
     assert minted.key.redacted == f"{minted.secret[:6]}...{minted.secret[-4:]}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.control.conftest import BASE
+from tests.control.conftest import BASE, PEPPER
 from tuneloom import bases
 from tuneloom.control import models
 from tuneloom.control.context import ApiContext
@@ -15,7 +15,7 @@ from tuneloom.errors import InvalidRequest
 @pytest.fixture
 def context(api, tmp_path, tiny_base) -> ApiContext:
     bases.add_folder(api.settings.bases_dir, tiny_base, BASE)
-    return ApiContext(api.settings, api.store, b"", lambda: None)
+    return ApiContext(api.settings, api.store, PEPPER, lambda: None)
 
 
 @pytest.fixture

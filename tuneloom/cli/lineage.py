@@ -64,6 +64,7 @@ def reproduce(
     timeout: Annotated[float, typer.Option(help="Hours to wait for the job, its time in the queue included.")] = 24.0,
 ) -> None:
     """Train an adapter again from its lineage, compare, and remove the copy. Exit code 1 if it differs."""
+    from tuneloom.config import Pepper
     from tuneloom.control.context import ApiContext
     from tuneloom.control.new_job import NewJobs
 
@@ -74,7 +75,7 @@ def reproduce(
         ref = _find(store, owner, name)
         lineage = _signed(store, ref, name).lineage
         _check_ingredients(settings, store, owner, lineage)
-        jobs = NewJobs(ApiContext(settings, store, b"", lambda: None))
+        jobs = NewJobs(ApiContext(settings, store, Pepper((b"",)), lambda: None))
         job, writes = jobs.draft(owner, _spec(lineage), lineage.base.id)
         store.records.commit(*writes)
         typer.echo(f"Job {job.id} trains it again, as `{job.spec.suffix}`")
@@ -317,6 +318,7 @@ def _wait(store: "Store", job_id: str, timeout_s: float) -> "Version":
 
 def _cancel(store: "Store", job_id: str) -> None:
     from tuneloom.control import outbox
+    from tuneloom.control.job_usage import job_over
     from tuneloom.control.jobs import Cancelled, apply
     from tuneloom.control.retry import retry
 
@@ -324,8 +326,8 @@ def _cancel(store: "Store", job_id: str) -> None:
         stored, now = store.records.jobs.get(job_id), time.time()
         if not stored.value.is_terminal:
             after = apply(stored.value, Cancelled(now))
-            told = outbox.job_ended(store.records, stored.value, after, now)
-            store.records.commit(store.records.jobs.replace(stored, after), *told)
+            more = [*outbox.job_ended(store.records, stored.value, after, now), *job_over(stored.value, after, now)]
+            store.records.commit(store.records.jobs.replace(stored, after), *more)
 
     retry(once)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuneloom.cli.session import Api, open_store, print_json, print_rows, read_settings
+from tuneloom.config import Pepper
 from tuneloom.domain import LOCAL_OWNER
 from tuneloom.errors import InvalidRequest, ModelNotFound
 
@@ -111,7 +112,7 @@ def import_model(
         raise InvalidRequest(f"The base `{base_id}` is not served here. Served: {served}. Name one with `--base`.")
     name = name or folder.resolve().name
     with open_store(context) as store:
-        ApiContext(settings, store, b"", lambda: None).check_free_name(name, param="name")
+        ApiContext(settings, store, Pepper((b"",)), lambda: None).check_free_name(name, param="name")
         version = models.import_adapter(
             store, owner, bases.get_base(settings.bases_dir, entry.id), name, folder, max_rank=entry.engine.max_rank
         )
@@ -197,7 +198,7 @@ def import_layout(
 
     renamed = dict(_split_pair(pair) for pair in base_map or ())
     with open_store(context) as store:
-        api = ApiContext(read_settings(context), store, b"", lambda: None)
+        api = ApiContext(read_settings(context), store, Pepper((b"",)), lambda: None)
         results = layout.import_layout(api, owner, folder, renamed)
     if as_json:
         print_json([dataclasses.asdict(result) for result in results])

@@ -9,7 +9,8 @@ from tuneloom.config.engine import BaseSettings, EngineSettings
 from tuneloom.config.gateway import GatewaySettings
 from tuneloom.config.identity import AUTH_EMULATOR, IdentitySettings, check_production
 from tuneloom.config.limits import LimitsSettings
-from tuneloom.config.secrets import SIGNING_KEY_FILE, read_pepper, read_signing_key, read_webhook_keys
+from tuneloom.config.pepper import HashedSecret, Pepper, read_pepper, rotate_pepper
+from tuneloom.config.secrets import SIGNING_KEY_FILE, read_signing_key, read_webhook_keys
 from tuneloom.config.section import Section
 from tuneloom.config.settings import CONFIG_FILE, DEFAULT_BASE, Settings, load
 from tuneloom.config.train import ControlSettings, TrainSettings
@@ -27,8 +28,10 @@ __all__ = [
     "DraftingSettings",
     "EngineSettings",
     "GatewaySettings",
+    "HashedSecret",
     "IdentitySettings",
     "LimitsSettings",
+    "Pepper",
     "Section",
     "Settings",
     "TrainSettings",
@@ -39,4 +42,5 @@ __all__ = [
     "read_pepper",
     "read_signing_key",
     "read_webhook_keys",
+    "rotate_pepper",
 ]

@@ -23,4 +23,16 @@ class GatewaySettings(Section):
     max_part_bytes: int = Field(64 << 20, description="largest part of an upload")
     max_upload_bytes: int = Field(8 << 30, description="largest file made of parts")
     key_cache_s: float = Field(2.0, ge=0, le=5, description="how long an answer about a key is remembered")
+    stale_s: float = Field(
+        300.0,
+        ge=0,
+        le=3600,
+        description="how long keys and models that a gateway has read still count while the store does not answer",
+    )
+    store_wait_s: float = Field(
+        1.5,
+        gt=0,
+        le=10,
+        description="how long a request waits for the store before it goes on with what was read before",
+    )
     request_timeout_s: float = Field(600.0, gt=0)

@@ -13,11 +13,6 @@ from tuneloom.errors import InvalidRequest
 SIGNING_KEY_FILE = "signing-key.pem"
 
 
-def read_pepper(settings: Settings) -> bytes:
-    """The installation's key for hashing secrets, 32 bytes; made on first use, readable by its user only."""
-    return _read_secret(settings.home / "pepper", lambda: secrets.token_bytes(32))
-
-
 def read_signing_key(settings: Settings) -> bytes:
     """The installation's Ed25519 key for signing lineages, as PEM. See `Settings.signing_key`.
 
@@ -25,7 +20,7 @@ def read_signing_key(settings: Settings) -> bytes:
         InvalidRequest: the file that the settings name cannot be read.
     """
     if settings.signing_key is None:
-        return _read_secret(settings.home / SIGNING_KEY_FILE, _make_signing_key)
+        return read_or_make(settings.home / SIGNING_KEY_FILE, _make_signing_key)
     try:
         return settings.signing_key.read_bytes()
     except OSError as error:
@@ -40,7 +35,7 @@ def read_webhook_keys(settings: Settings) -> list[bytes]:
     """
     path = settings.webhooks.key_file
     if path is None:
-        return _read_secret(settings.home / "webhook-key", _make_webhook_key).split()
+        return read_or_make(settings.home / "webhook-key", _make_webhook_key).split()
     try:
         keys = path.read_bytes().split()
     except OSError as error:
@@ -61,7 +56,7 @@ def _make_signing_key() -> bytes:
     return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _read_secret(path: Path, make: Callable[[], bytes]) -> bytes:
+def read_or_make(path: Path, make: Callable[[], bytes]) -> bytes:
     """What is in a file that only its user may read; made on first use, by one of several processes."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,11 @@ class Settings(Section):
     production: bool | None = Field(
         None, description="whether emulators are refused; None: if a cloud project does not begin with `demo-`"
     )
+    pepper: Path | None = Field(
+        None,
+        description="file with what the secrets of keys are hashed with, the same on every machine of a cluster; "
+        "None: one in `home`, made at first use",
+    )
     signing_key: Path | None = Field(
         None,
         description="file with the Ed25519 key (PEM) that signs what is said of adapters, the same on every machine of "

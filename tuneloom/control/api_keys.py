@@ -1,5 +1,9 @@
-"""`/v1/tuneloom/keys` on the wire; for admins. A secret is in the answer to its creation and nowhere else."""
+"""`/v1/tuneloom/keys` on the wire. A secret is in the answer to its creation or rotation and nowhere else.
 
+For the scopes `account`, within an owner, and `admin`; see `key_rights`.
+"""
+
+import time
 from typing import Any
 
 from pydantic import Field
@@ -7,11 +11,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.control import keys, repeat
+from tuneloom.control import audit, keys, repeat
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, in_thread
+from tuneloom.control.key_rights import check_covers, owner_of
 from tuneloom.control.keys import Minted
-from tuneloom.domain import ApiKey
+from tuneloom.domain import ApiKey, Rates
+from tuneloom.errors import InvalidRequest, MissingParameter
 from tuneloom.store.base import Write
 
 
@@ -20,6 +26,21 @@ class CreateKey(Body):
     owner: str | None = None
     scopes: list[str] = Field(default_factory=lambda: list(keys.DEFAULT_SCOPES))
     expires_in: str | int | None = None
+    models: list[str] = Field(default_factory=list)
+    rates: Rates = Rates()
+
+
+class UpdateKey(Body):
+    """What is not named stays; `expires_in` counts from now, null takes the end away."""
+
+    name: str = ""
+    expires_in: str | int | None = None
+    models: list[str] = Field(default_factory=list)
+    rates: Rates = Rates()
+
+
+class RotateKey(Body):
+    overlap: str | int | None = None
 
 
 class KeysApi:
@@ -34,47 +55,135 @@ class KeysApi:
         return [
             Route(path, self.create, methods=["POST"]),
             Route(path, self.list_keys, methods=["GET"]),
+            Route(path + "/{id}", self.retrieve, methods=["GET"]),
+            Route(path + "/{id}", self.update, methods=["POST"]),
             Route(path + "/{id}", self.revoke, methods=["DELETE"]),
             Route(path + "/{id}/revoke", self.revoke, methods=["POST"]),
+            Route(path + "/{id}/rotate", self.rotate, methods=["POST"]),
         ]
 
     async def create(self, request: Request) -> Response:
-        owner = caller(request, "admin").owner
-        raw = await read_json(request, self._context.settings.gateway.max_body_bytes)
-        minted = await in_thread(self._create, request, owner, raw)
-        return JSONResponse({**show_key(minted.key), "secret": minted.secret})
+        owner_of(caller(request), None)
+        raw = await self._read(request)
+        return _show_secret(await in_thread(self._create, request, raw))
 
-    def _create(self, request: Request, owner: str, raw: bytes) -> Minted:
-        body = parse(CreateKey, raw)
+    def _create(self, request: Request, raw: bytes) -> Minted:
+        body, principal = parse(CreateKey, raw), caller(request)
+        owner = keys.check_owner(owner_of(principal, body.owner) or principal.owner)
         minted = keys.draft(
             self._context.pepper,
-            owner=body.owner or owner,
+            owner=owner,
             name=body.name,
             scopes=body.scopes,
             expires_in=body.expires_in,
+            models=self._models(owner, body.models),
+            rates=body.rates,
         )
+        check_covers(principal, minted.key)
+        actor = audit.actor_of(request)
 
         def make() -> tuple[str, Minted, list[Write]]:
-            return minted.key.id, minted, [self._records.keys.create(minted.key)]
+            return minted.key.id, minted, keys.creation(self._records, minted.key, actor)
 
-        def rotate(id: str) -> Minted:
-            # The secret of the first answer is gone, and nobody has seen it: the same key gets a new one.
-            return keys.rotate(self._records, self._context.pepper, id)
-
-        return repeat.create_once(self._records, identify(request, owner, digest(raw)), make, rotate)
+        asked = identify(request, principal.owner, digest(raw))
+        return repeat.create_once(self._records, asked, make, lambda id: self._reissue(request, id))
 
     async def list_keys(self, request: Request) -> Response:
-        caller(request, "admin")
-        found = await in_thread(keys.list_keys, self._records, request.query_params.get("owner"))
+        owner = owner_of(caller(request), request.query_params.get("owner"))
+        found = await in_thread(keys.list_keys, self._records, owner)
         return JSONResponse({"object": "list", "data": [show_key(key) for key in found], "has_more": False})
 
+    async def retrieve(self, request: Request) -> Response:
+        stored = await in_thread(
+            keys.find_key, self._records, request.path_params["id"], owner_of(caller(request), None)
+        )
+        return JSONResponse(show_key(stored.value))
+
+    async def update(self, request: Request) -> Response:
+        owner = owner_of(caller(request), None)
+        raw = await self._read(request)
+        return JSONResponse(show_key(await in_thread(self._update, request, owner, raw)))
+
+    def _update(self, request: Request, owner: str | None, raw: bytes) -> ApiKey:
+        id, principal = request.path_params["id"], caller(request)
+        keys.find_key(self._records, id, owner)
+        body = parse(UpdateKey, raw)
+        if not body.model_fields_set:
+            raise MissingParameter("Name what to change: `name`, `models`, `rates` or `expires_in`.")
+
+        def change(key: ApiKey) -> ApiKey:
+            check_covers(principal, key)
+            after = key.model_copy(update=self._changed(key, body))
+            check_covers(principal, after)
+            return after
+
+        return self._forgotten(keys.update(self._records, id, change, audit.actor_of(request)))
+
+    def _changed(self, key: ApiKey, body: UpdateKey) -> dict[str, Any]:
+        named, changed = body.model_fields_set, {}
+        if "name" in named:
+            changed["name"] = keys.check_name(body.name)
+        if "rates" in named:
+            changed["rates"] = body.rates
+        if "expires_in" in named:
+            changed["expires_at"] = keys.expiry(body.expires_in, time.time())
+        if "models" in named:
+            if body.models and "admin" in key.scopes:
+                raise InvalidRequest("A key with the scope `admin` is for all models.", param="models")
+            changed["models"] = self._models(key.owner, body.models)
+        return changed
+
     async def revoke(self, request: Request) -> Response:
-        caller(request, "admin")
-        key = await in_thread(keys.revoke, self._records, request.path_params["id"])
-        return JSONResponse({**show_key(key), "deleted": True})
+        owner = owner_of(caller(request), None)
+        return JSONResponse({**show_key(await in_thread(self._revoke, request, owner)), "deleted": True})
+
+    def _revoke(self, request: Request, owner: str | None) -> ApiKey:
+        id, principal = request.path_params["id"], caller(request)
+        keys.find_key(self._records, id, owner)
+        actor = audit.actor_of(request)
+        return self._forgotten(keys.revoke(self._records, id, actor, lambda key: check_covers(principal, key)))
+
+    async def rotate(self, request: Request) -> Response:
+        owner = owner_of(caller(request), None)
+        raw = await self._read(request)
+        return _show_secret(await in_thread(self._rotate, request, owner, raw))
+
+    def _rotate(self, request: Request, owner: str | None, raw: bytes) -> Minted:
+        id, principal, actor = request.path_params["id"], caller(request), audit.actor_of(request)
+        keys.find_key(self._records, id, owner)
+        overlap = parse(RotateKey, raw).overlap
+
+        def make() -> tuple[str, Minted, list[Write]]:
+            stored = keys.find_key(self._records, id, owner)
+            check_covers(principal, stored.value)
+            minted, writes = keys.draft_rotation(self._records, self._context.pepper, stored, overlap, actor)
+            return id, minted, writes
+
+        asked = identify(request, principal.owner, digest(raw))
+        minted = repeat.create_once(self._records, asked, make, lambda id: self._reissue(request, id))
+        self._forgotten(minted.key)
+        return minted
+
+    def _reissue(self, request: Request, id: str) -> Minted:
+        """What a repetition is answered with: the same key, and a secret in the place of the one that nobody saw."""
+        stored = keys.find_key(self._records, id, owner_of(caller(request), None))
+        check_covers(caller(request), stored.value)
+        return keys.reissue(self._records, self._context.pepper, id, audit.actor_of(request))
+
+    def _forgotten(self, key: ApiKey) -> ApiKey:
+        """This process, at least, does not go on with what it knew of the key."""
+        self._context.forget_key(key.id)
+        return key
+
+    def _models(self, owner: str, names: list[str]) -> tuple[str, ...]:
+        return keys.check_models(self._records, owner, names, self._context.find_base_id)
+
+    async def _read(self, request: Request) -> bytes:
+        return await read_json(request, self._context.settings.gateway.max_body_bytes)
 
 
 def show_key(key: ApiKey) -> dict[str, Any]:
+    previous = key.previous.ends_at if key.previous else None
     return {
         "object": "tuneloom.key",
         "id": key.id,
@@ -82,7 +191,19 @@ def show_key(key: ApiKey) -> dict[str, Any]:
         "owner": key.owner,
         "redacted_value": key.redacted,
         "scopes": list(key.scopes),
+        "models": list(key.models),
+        "rates": key.rates.model_dump(),
         "created_at": int(key.created_at),
-        "expires_at": None if key.expires_at is None else int(key.expires_at),
-        "revoked_at": None if key.revoked_at is None else int(key.revoked_at),
+        "expires_at": _seconds(key.expires_at),
+        "last_used_at": _seconds(key.last_used_at),
+        "revoked_at": _seconds(key.revoked_at),
+        "previous_secret_ends_at": _seconds(previous) if previous and previous > time.time() else None,
     }
+
+
+def _show_secret(minted: Minted) -> JSONResponse:
+    return JSONResponse({**show_key(minted.key), "secret": minted.secret}, headers={"cache-control": "no-store"})
+
+
+def _seconds(at: float | None) -> int | None:
+    return None if at is None else int(at)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import anyio.to_thread
 from starlette.requests import Request
 
-from tuneloom.config import BaseSettings, Settings
+from tuneloom.config import BaseSettings, Pepper, Settings
 from tuneloom.domain import Principal, Scope
 from tuneloom.errors import InvalidRequest, ModelNotFound
 from tuneloom.store import Store
@@ -18,12 +18,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ApiContext:
-    """`poke` asks control to look at the jobs at once; it must not block and need not succeed."""
+    """`poke` asks control to look at the jobs at once; it must not block and need not succeed.
+
+    `forget_key` is told the id of each key that this process changes.
+    """
 
     settings: Settings
     store: Store
-    pepper: bytes
+    pepper: Pepper
     poke: Callable[[], None]
+    forget_key: Callable[[str], None] = lambda id: None
 
     @property
     def bases_dir(self) -> Path:
@@ -33,6 +37,10 @@ class ApiContext:
         """The base that `name` is the id or an alias of."""
         wanted = self.settings.base_aliases.get(name, name)
         return next((base for base in self.settings.bases if base.id == wanted), None)
+
+    def find_base_id(self, name: str) -> str | None:
+        base = self.find_base(name)
+        return None if base is None else base.id
 
     def get_base(self, name: str, *, param: str = "model") -> BaseSettings:
         base = self.find_base(name)

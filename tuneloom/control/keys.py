@@ -1,22 +1,47 @@
-"""API keys: made, listed, revoked. A secret is seen once, by the caller of `mint`; the store keeps its keyed hash."""
+"""API keys: made, changed, given new secrets, revoked. Each change is one commit with its audit entry.
+
+A secret is seen once, by who made it; the store keeps its keyed hash. Who may do what is in `key_rights`.
+"""
 
 import base64
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from tuneloom.config import Pepper
+from tuneloom.control import audit
 from tuneloom.control.retry import retry
-from tuneloom.domain import ALL_SCOPES, OWNER, ApiKey, Scope, hash_secret, new_id
-from tuneloom.errors import InvalidRequest, NotFound
+from tuneloom.domain import (
+    ALL_SCOPES,
+    OWNER,
+    Actor,
+    ApiKey,
+    AuditTarget,
+    PreviousSecret,
+    Rates,
+    Scope,
+    model_id,
+    new_id,
+)
+from tuneloom.errors import Conflict, InvalidRequest, NotFound
+from tuneloom.store.base import Write
 from tuneloom.store.records import Records, Stored
 
 DEFAULT_SCOPES: tuple[Scope, ...] = ("inference", "training")
 MAX_LIFE_S = 10 * 365 * 86400.0
+MAX_OVERLAP_S = 90 * 86400.0
+MAX_MODELS = 100
+NO_RATES = Rates()
 
 _DURATION = re.compile(r"(\d{1,10})([smhdw]?)")
 _UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+# What the log tells of a key: all that can be changed of it, and no hash.
+_TOLD = ("name", "scopes", "models", "rates", "expires_at")
+
+FindBase = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
@@ -29,41 +54,62 @@ class Minted:
 
 def mint(
     records: Records,
-    pepper: bytes,
+    pepper: Pepper,
     *,
     owner: str,
     name: str = "",
     scopes: Iterable[str] = DEFAULT_SCOPES,
     expires_in: str | int | None = None,
+    models: tuple[str, ...] = (),
+    rates: Rates = NO_RATES,
+    actor: Actor | None = None,
 ) -> Minted:
-    """Make a key of `owner` that ends after `expires_in` (`30d`, `12h`, seconds), or never."""
-    minted = draft(pepper, owner=owner, name=name, scopes=scopes, expires_in=expires_in)
-    records.commit(records.keys.create(minted.key))
+    """Make a key of `owner` that ends after `expires_in` (`30d`, `12h`, seconds), or never; by this machine's user."""
+    minted = draft(pepper, owner=owner, name=name, scopes=scopes, expires_in=expires_in, models=models, rates=rates)
+    records.commit(*creation(records, minted.key, actor or audit.cli_actor()))
     return minted
 
 
 def draft(
-    pepper: bytes, *, owner: str, name: str, scopes: Iterable[str], expires_in: str | int | None, id: str | None = None
+    pepper: Pepper,
+    *,
+    owner: str,
+    name: str,
+    scopes: Iterable[str],
+    expires_in: str | int | None,
+    models: tuple[str, ...] = (),
+    rates: Rates = NO_RATES,
 ) -> Minted:
-    """A checked key with a fresh secret, not stored.
+    """A checked key with a fresh secret, not stored. `models` are those that `check_models` gave.
 
     Raises:
         InvalidRequest: owner, name, scopes or expiry may not be so; `param` names which.
     """
     secret = new_secret()
+    hashed = pepper.hash(secret)
     now = time.time()
-    life_s = parse_duration(expires_in)
+    checked = check_scopes(scopes)
+    if models and "admin" in checked:
+        raise InvalidRequest("A key with the scope `admin` is for all models. Leave `models` out.", param="models")
     key = ApiKey(
-        id=id or new_id("key_"),
+        id=new_id("key_"),
         owner=check_owner(owner),
-        name=_check_name(name),
-        hash=hash_secret(pepper, secret),
+        name=check_name(name),
+        hash=hashed.hash,
+        pepper=hashed.pepper,
         redacted=redact(secret),
-        scopes=_check_scopes(scopes),
+        scopes=checked,
         created_at=now,
-        expires_at=None if life_s is None else now + life_s,
+        expires_at=expiry(expires_in, now),
+        models=models,
+        rates=rates,
     )
     return Minted(key, secret)
+
+
+def creation(records: Records, key: ApiKey, actor: Actor) -> list[Write]:
+    data = key.model_dump(mode="json", include=set(_TOLD))
+    return [records.keys.create(key), audit.entry(actor, "api_key.created", target_of(key), data)]
 
 
 def list_keys(records: Records, owner: str | None = None) -> list[ApiKey]:
@@ -72,8 +118,30 @@ def list_keys(records: Records, owner: str | None = None) -> list[ApiKey]:
     return [stored.value for stored in records.keys.query(where, order_by="created_at", descending=True)]
 
 
-def revoke(records: Records, id: str) -> ApiKey:
-    """End a key; one that is revoked already stays as it is.
+def update(records: Records, id: str, change: Callable[[ApiKey], ApiKey], actor: Actor) -> ApiKey:
+    """Let `change` make another key of one; it decides on what is stored at that moment.
+
+    Raises:
+        NotFound: there is no such key.
+        Conflict: it is revoked.
+    """
+
+    def once() -> ApiKey:
+        stored = find_key(records, id)
+        key = change(check_not_revoked(stored.value))
+        changed = audit.changes(stored.value, key, *_TOLD)
+        if changed:
+            entry = audit.entry(actor, "api_key.updated", target_of(key), changed)
+            records.commit(records.keys.replace(stored, key), entry)
+        return key
+
+    return retry(once)
+
+
+def revoke(
+    records: Records, id: str, actor: Actor | None = None, check: Callable[[ApiKey], None] = lambda _: None
+) -> ApiKey:
+    """End a key, once `check` lets it; one that is revoked already stays as it is.
 
     Raises:
         NotFound: there is no such key.
@@ -81,33 +149,77 @@ def revoke(records: Records, id: str) -> ApiKey:
 
     def once() -> ApiKey:
         stored = find_key(records, id)
+        check(stored.value)
         if stored.value.revoked_at is not None:
             return stored.value
-        revoked = stored.value.model_copy(update={"revoked_at": time.time()})
-        records.commit(records.keys.replace(stored, revoked))
+        revoked = stored.value.model_copy(update={"revoked_at": time.time(), "previous": None})
+        entry = audit.entry(actor or audit.cli_actor(), "api_key.deleted", target_of(revoked), {"revoked": True})
+        records.commit(records.keys.replace(stored, revoked), entry)
         return revoked
 
     return retry(once)
 
 
-def rotate(records: Records, pepper: bytes, id: str) -> Minted:
-    """Give a key a new secret; the one before it ends."""
-    secret = new_secret()
+def rotate(
+    records: Records, pepper: Pepper, id: str, overlap: str | int | None = None, actor: Actor | None = None
+) -> Minted:
+    """Give a key a new secret; the one before it ends after `overlap`, at once without."""
 
     def once() -> Minted:
-        stored = find_key(records, id)
-        key = stored.value.model_copy(update={"hash": hash_secret(pepper, secret), "redacted": redact(secret)})
-        records.commit(records.keys.replace(stored, key))
-        return Minted(key, secret)
+        minted, writes = draft_rotation(records, pepper, find_key(records, id), overlap, actor or audit.cli_actor())
+        records.commit(*writes)
+        return minted
 
     return retry(once)
 
 
-def find_key(records: Records, id: str) -> Stored[ApiKey]:
+def draft_rotation(
+    records: Records, pepper: Pepper, stored: Stored[ApiKey], overlap: str | int | None, actor: Actor
+) -> tuple[Minted, list[Write]]:
+    """A key with a new secret, and the writes that make it so. Of three secrets the oldest ends.
+
+    Raises:
+        Conflict: the key is revoked.
+    """
+    key, now = check_not_revoked(stored.value), time.time()
+    overlap_s = parse_overlap(overlap)
+    previous = PreviousSecret(hash=key.hash, pepper=key.pepper, ends_at=now + overlap_s) if overlap_s else None
+    minted = _with_new_secret(pepper, key.model_copy(update={"previous": previous}))
+    entry = audit.entry(actor, "api_key.rotated", target_of(key), {"overlap_s": overlap_s})
+    return minted, [records.keys.replace(stored, minted.key), entry]
+
+
+def reissue(records: Records, pepper: Pepper, id: str, actor: Actor) -> Minted:
+    """Replace a secret that nobody has seen, since the answer with it was lost; one before it keeps its overlap."""
+
+    def once() -> Minted:
+        stored = find_key(records, id)
+        minted = _with_new_secret(pepper, check_not_revoked(stored.value))
+        entry = audit.entry(actor, "api_key.rotated", target_of(minted.key), {"answer_was_lost": True})
+        records.commit(records.keys.replace(stored, minted.key), entry)
+        return minted
+
+    return retry(once)
+
+
+def needed_peppers(records: Records) -> set[str]:
+    """The ids of the peppers that some working secret still needs."""
+    now = time.time()
+    live = [key for key in list_keys(records) if key.is_live(now)]
+    previous = [key.previous.pepper for key in live if key.previous and now < key.previous.ends_at]
+    return {key.pepper for key in live} | set(previous)
+
+
+def find_key(records: Records, id: str, owner: str | None = None) -> Stored[ApiKey]:
+    """A key, of `owner` if one is given. Raises NotFound alike for what is foreign and what is absent."""
     stored = records.keys.find(id)
-    if stored is None:
-        raise NotFound(f"No such key: `{id}`.", param="id")
+    if stored is None or owner not in (None, stored.value.owner):
+        raise NotFound(f"No such key: `{id[:200]}`.", param="id")
     return stored
+
+
+def target_of(key: ApiKey) -> AuditTarget:
+    return AuditTarget(owner=key.owner, type="api_key", id=key.id, name=key.name)
 
 
 def new_secret() -> str:
@@ -119,19 +231,53 @@ def redact(secret: str) -> str:
     return f"{secret[:6]}...{secret[-4:]}"
 
 
-def parse_duration(value: str | int | None, *, param: str = "expires_in") -> float | None:
+def expiry(expires_in: str | int | None, now: float) -> float | None:
+    life_s = parse_duration(expires_in)
+    return None if life_s is None else now + life_s
+
+
+def parse_duration(
+    value: str | int | None, *, param: str = "expires_in", most_s: float = MAX_LIFE_S, most: str = "ten years"
+) -> float | None:
     """Seconds of `30d`, `12h`, `90m`, `2w` or a number of seconds; None stays None."""
     if value is None:
         return None
     match = _DURATION.fullmatch(str(value).strip())
     seconds = int(match[1]) * _UNIT_S[match[2]] if match else 0
-    if not 0 < seconds <= MAX_LIFE_S:
+    if not 0 < seconds <= most_s:
         raise InvalidRequest(
             f"Invalid `{param}`: {str(value)[:40]!r}. Use seconds or a duration such as `12h`, `30d` or `4w`, "
-            "at most ten years.",
+            f"at most {most}.",
             param=param,
         )
     return float(seconds)
+
+
+def parse_overlap(value: str | int | None) -> float:
+    if value is None or str(value).strip() == "0":
+        return 0.0
+    return parse_duration(value, param="overlap", most_s=MAX_OVERLAP_S, most="90 days") or 0.0
+
+
+def check_models(records: Records, owner: str, names: Collection[str], find_base: FindBase) -> tuple[str, ...]:
+    """The names of what a key shall be for, a base by its id; each is a Model of the owner or a base that is served.
+
+    Raises:
+        InvalidRequest: one is neither.
+    """
+    if len(names) > MAX_MODELS:
+        raise InvalidRequest(f"`models` has {len(names)} names, the most is {MAX_MODELS}.", param="models")
+    found = []
+    for name in names:
+        base = find_base(name)
+        if base is None and records.models.find(model_id(owner, name)) is None:
+            raise InvalidRequest(
+                f"`models`: there is no model or base `{name[:200]}`. Use the plain names of models, such as "
+                "`support-bot`: the key then reaches each of their versions.",
+                param="models",
+            )
+        found.append(base or name)
+    return tuple(dict.fromkeys(found))
 
 
 def check_owner(owner: str) -> str:
@@ -145,13 +291,13 @@ def check_owner(owner: str) -> str:
     return owner
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
     if len(name) > 128 or not name.isprintable():
         raise InvalidRequest("Invalid `name`. Use at most 128 printable characters.", param="name")
     return name
 
 
-def _check_scopes(scopes: Iterable[str]) -> tuple[Scope, ...]:
+def check_scopes(scopes: Iterable[str]) -> tuple[Scope, ...]:
     wanted = set(scopes)
     unknown = sorted(wanted - set(ALL_SCOPES))
     if unknown or not wanted:
@@ -159,3 +305,16 @@ def _check_scopes(scopes: Iterable[str]) -> tuple[Scope, ...]:
         choices = ", ".join(f"`{scope}`" for scope in ALL_SCOPES)
         raise InvalidRequest(f"{what}. Choose among {choices}.", param="scopes")
     return tuple(scope for scope in ALL_SCOPES if scope in wanted)
+
+
+def check_not_revoked(key: ApiKey) -> ApiKey:
+    if key.revoked_at is not None:
+        raise Conflict(f"The key `{key.id}` is revoked. Create a new one.", code="revoked")
+    return key
+
+
+def _with_new_secret(pepper: Pepper, key: ApiKey) -> Minted:
+    secret = new_secret()
+    hashed = pepper.hash(secret)
+    update: dict[str, Any] = {"hash": hashed.hash, "pepper": hashed.pepper, "redacted": redact(secret)}
+    return Minted(key.model_copy(update=update), secret)

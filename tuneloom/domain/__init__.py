@@ -1,8 +1,7 @@
 """What tuneloom keeps: the records of the store and the words for them. No I/O, no rules of any layer above."""
 
-from tuneloom.domain.access import ApiKey, Principal, Rates
+from tuneloom.domain.access import ApiKey, PreviousSecret, Principal, Rates
 from tuneloom.domain.audit import Actor, AuditEntry, AuditTarget
-from tuneloom.domain.limits import Allowance, OwnerLimits
 from tuneloom.domain.drafting import (
     ROLE_TEMPERATURES,
     Draft,
@@ -17,6 +16,7 @@ from tuneloom.domain.drafting import (
     DraftSpec,
     RowLength,
 )
+from tuneloom.domain.limits import Allowance, OwnerLimits
 from tuneloom.domain.names import (
     MODEL_NAME,
     OWNER,
@@ -134,6 +134,7 @@ __all__ = [
     "JobState",
     "Model",
     "OwnerLimits",
+    "PreviousSecret",
     "Price",
     "Principal",
     "Progress",

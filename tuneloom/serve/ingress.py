@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.config import Settings
+from tuneloom.config import Pepper, Settings
 from tuneloom.control.api import ApiContext
 from tuneloom.control.api import routes as control_routes
 from tuneloom.domain import Principal, Target
@@ -29,15 +29,21 @@ from tuneloom.generation import Finished, Frame, GenerationRequest
 from tuneloom.serve import edge, sse
 from tuneloom.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from tuneloom.serve.api_bases import BasesApi
-from tuneloom.serve.auth import Authentication, Keys, SignIn
+from tuneloom.serve.auth import Authentication, SignIn
 from tuneloom.serve.body import parse_object
 from tuneloom.serve.guard import Guard
+from tuneloom.serve.keys import Keys
+from tuneloom.serve.limits import Gate, Limits
+from tuneloom.serve.limits_middleware import Limited, WrongKeys
 from tuneloom.serve.openai import Call, parse_chat, parse_completion
+from tuneloom.serve.reads import Reads
 from tuneloom.serve.resolve import Resolver
 from tuneloom.serve.upstream import BaseHandle, Bases, collect, frames
 from tuneloom.store import Store
 
 READY_TIMEOUT_S = 3.0
+# The store among what is asked, beside ids of bases.
+STORE = "store"
 # For a base that has to be started: without a wish of the client, and at most.
 START_WAIT_S, MAX_WAIT_S = 0.5, 600.0
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:[,;]|$)", re.IGNORECASE)
@@ -50,15 +56,16 @@ LARGE_BODY_BYTES = 256 << 10
 class Context:
     """What the application works with. `bases` finds a base by id; `poke` wakes the control loop and never fails.
 
-    `people` is there if they sign in.
+    `people` is there if they sign in. `watch_limits` hears whether all gateways count limits together.
     """
 
     settings: Settings
     store: Store
-    pepper: bytes
+    pepper: Pepper
     bases: Bases
     poke: Callable[[], None]
     people: SignIn | None = None
+    watch_limits: Callable[[bool], None] = lambda is_shared: None
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,13 @@ COMPLETION = Dialect(parse_completion, CompletionAnswer)
 
 
 def make_app(context: Context) -> Starlette:
-    service = _Service(context)
+    gateway, records = context.settings.gateway, context.store.records
+    reads = Reads(gateway.store_wait_s)
+    keys = Keys(records, context.pepper, reads, cache_s=gateway.key_cache_s, stale_s=gateway.stale_s)
+    limits = Limits(context.settings, records, reads, watch=context.watch_limits)
+    service = _Service(context, reads)
     chat, completion = (functools.partial(service.generate, dialect) for dialect in (CHAT, COMPLETION))
-    gateway = context.settings.gateway
-    control = ApiContext(context.settings, context.store, context.pepper, context.poke)
+    control = ApiContext(context.settings, context.store, context.pepper, context.poke, keys.forget)
     return Starlette(
         routes=[
             Route("/healthz", service.live),
@@ -102,22 +112,29 @@ def make_app(context: Context) -> Starlette:
             ),
             Middleware(edge.Edge),
             Middleware(edge.BodyLimit, settings=gateway),
+            Middleware(WrongKeys, limits=limits),
             Middleware(
                 Authentication,
-                keys=Keys(context.store.records, context.pepper, cache_s=gateway.key_cache_s),
+                keys=keys,
                 people=context.people,
             ),
+            Middleware(Limited, limits=limits),
         ],
         exception_handlers={HTTPException: edge.answer_http_exception},
     )
 
 
 class _Service:
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, reads: Reads) -> None:
         self._context = context
+        self._reads = reads
         settings = context.settings
         self._resolver = Resolver(
-            context.store.records, frozenset(base.id for base in settings.bases), settings.base_aliases
+            context.store.records,
+            frozenset(base.id for base in settings.bases),
+            settings.base_aliases,
+            reads,
+            stale_s=settings.gateway.stale_s,
         )
 
     async def generate(self, dialect: Dialect, request: Request) -> Response:
@@ -125,7 +142,7 @@ class _Service:
         principal: Principal = request.state.principal
         principal.require("inference")
         call = await _read_call(dialect, request)
-        target = await self._resolve(call.model, principal)
+        target = await self._resolver.resolve(call.model, principal)
         work = GenerationRequest(
             id=edge.request_id(request.scope),
             prompts=call.prompts,
@@ -141,11 +158,13 @@ class _Service:
             model=target.stable_name,
         )
         answer = dialect.answer(call, target)
+        gate: Gate = request.state.gate
+        bases = (await gate.admit(call, target)).watch(self._context.bases)
         await sse.until_disconnect(request.receive, self._context.bases(target.base).wake(_patience(request)))
         if not call.stream:
-            whole = await sse.until_disconnect(request.receive, collect(self._context.bases, target, work))
+            whole = await sse.until_disconnect(request.receive, collect(bases, target, work))
             return JSONResponse(answer.whole(whole))
-        stream = frames(self._context.bases, target, work)
+        stream = frames(bases, target, work)
         try:
             await sse.until_disconnect(request.receive, anext(stream))
         except BaseException:
@@ -157,7 +176,7 @@ class _Service:
     async def models_of(self, request: Request) -> Response:
         """The list for a client whose base URL is that of one model: that model."""
         name = request.path_params["model"]
-        target = await self._resolve(name, request.state.principal)
+        target = await self._resolver.resolve(name, request.state.principal)
         entry = {
             "id": name,
             "object": "model",
@@ -172,20 +191,24 @@ class _Service:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 if the store and every base answer now; else 503 and which do not. A cold base is as it should be."""
+        """200 if every base answers now; else 503 and which do not. A cold base is as it should be.
+
+        Without the store it is `degraded` for as long as keys and models that were read before still count: taking all
+        gateways out at once would end what goes on without the store.
+        """
         ids = [base.id for base in self._context.settings.bases]
+        find = functools.partial(self._context.store.records.keys.find, "key_none")
         checks = {
-            "store": anyio.to_thread.run_sync(self._context.store.records.keys.find, "key_none"),
+            STORE: self._reads.read(find, has_older=False),
             **{base_id: _ask(self._context.bases(base_id)) for base_id in ids},
         }
         results = await asyncio.gather(*(_is_answered(check) for check in checks.values()))
         failing = sorted(name for name, is_ok in zip(checks, results, strict=True) if not is_ok)
+        if failing == [STORE] and self._reads.silent_s <= self._context.settings.gateway.stale_s:
+            return JSONResponse({"status": "degraded", "failing": failing})
         if failing:
             return JSONResponse({"status": "not ready", "failing": failing}, 503, {"retry-after": "1"})
         return JSONResponse({"status": "ok"})
-
-    async def _resolve(self, name: str, principal: Principal) -> Target:
-        return await anyio.to_thread.run_sync(self._resolver.resolve, name, principal)
 
 
 async def _read_call(dialect: Dialect, request: Request) -> Call:

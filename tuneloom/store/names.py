@@ -25,6 +25,21 @@ class Named:
     checkpoint: Stored[Checkpoint] | None = None
     is_bare: bool = False
 
+    @property
+    def model_name(self) -> str | None:
+        """The bare name of the Model that it is, or is a part of."""
+        if self.checkpoint is not None:
+            return model_of_checkpoint(self.checkpoint.value)
+        if self.version is not None:
+            return self.version.value.model
+        return self.model.value.name if self.model else None
+
+
+def model_of_checkpoint(checkpoint: Checkpoint) -> str:
+    """The Model that the checkpoint's job makes: its suffix, or what `domain.model_name` makes of its id."""
+    _, suffix, unique, _ = checkpoint.name.rsplit(":", 3)
+    return suffix or f"ft-{unique.lower()}"
+
 
 def find_named(records: Records, owner: str, name: str) -> Named | None:
     """What `name` stands for among the things of `owner`; None if nothing of theirs."""

@@ -177,7 +177,7 @@ class SqliteDocuments:
             for collection, fields in INDEXES.items():
                 for field in fields:
                     connection.execute(
-                        f"CREATE INDEX IF NOT EXISTS {collection}_by_{field} "
+                        f"CREATE INDEX IF NOT EXISTS {collection}_by_{field.replace('.', '_')} "
                         f"ON documents (data -> '$.{field}', id) WHERE collection = '{collection}'"
                     )
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -11,7 +11,8 @@ from tuneloom.store.limits import check_collection, check_field, check_value
 
 # What is asked for often: every request looks up a key and a name, every list is an owner's, reconcile asks by state.
 INDEXES = {
-    "keys": ("hash", "owner"),
+    "keys": ("hash", "previous.hash", "owner"),
+    "audit_entries": ("owner",),
     "events": ("job_id",),
     "versions": ("ft_name", "model", "owner"),
     "checkpoints": ("name", "job_id"),
