@@ -1,0 +1,39 @@
+"""Who may look after which keys. `admin` may all; `account` those of its owner that may do no more than itself.
+
+So nobody gains by making or rotating a key: not a scope, not a model.
+"""
+
+from tuneloom.domain import ApiKey, Principal
+from tuneloom.errors import PermissionDenied
+
+
+def owner_of(principal: Principal, wanted: str | None) -> str | None:
+    """Whose keys a call is about: None is everybody's, for an admin who names nobody.
+
+    Raises:
+        PermissionDenied: the caller has neither scope, or asks for another owner without being an admin.
+    """
+    if "admin" in principal.scopes:
+        return wanted
+    principal.require("account")
+    if wanted not in (None, principal.owner):
+        raise PermissionDenied("Only a key with the scope `admin` may look after the keys of other owners.")
+    return principal.owner
+
+
+def check_covers(principal: Principal, key: ApiKey) -> None:
+    """Refuse a key that may do what the caller may not.
+
+    Raises:
+        PermissionDenied: it has another scope, or reaches other models.
+    """
+    if "admin" in principal.scopes:
+        return
+    more = [scope for scope in key.scopes if scope not in principal.scopes]
+    if more:
+        raise PermissionDenied(f"The key has or would have the scope `{more[0]}`, which yours lacks.", param="scopes")
+    if principal.models and not (key.models and set(key.models) <= set(principal.models)):
+        allowed = ", ".join(f"`{name}`" for name in principal.models)
+        raise PermissionDenied(
+            f"Your key is only for {allowed}; another one must be for these or fewer.", param="models"
+        )
