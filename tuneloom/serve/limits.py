@@ -56,7 +56,8 @@ class Limits:
         self.addresses = Addresses(settings.limits.trusted_proxies)
         self.policies = Policies(settings.limits, records, reads, spent, stale_s=settings.gateway.stale_s)
         self._memory = MemoryCounters()
-        self._redis = _open_redis(settings, watch)
+        self._watch = watch
+        self._redis = _open_redis(settings, self._hear)
         self._refused: dict[str, tuple[float, RateLimited, Mapping[str, str]]] = {}
         self._with_places: set[Admission] = set()
         self._holding: asyncio.Task[None] | None = None
@@ -144,6 +145,11 @@ class Limits:
             except CountersDown:
                 self.check_shared(cost)
         return await self._memory.take(charges, places, holder), self._memory
+
+    def _hear(self, is_shared: bool) -> None:
+        # Refused by the one, somebody may be welcome to the other.
+        self._refused.clear()
+        self._watch(is_shared)
 
     def _give_back(
         self, done: "asyncio.Future[Any]", charges: Sequence[Charge], places: Sequence[Place], holder: str
