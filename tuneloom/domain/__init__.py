@@ -2,6 +2,7 @@
 
 from tuneloom.domain.access import ApiKey, PreviousSecret, Principal, Rates
 from tuneloom.domain.audit import Actor, AuditEntry, AuditTarget
+from tuneloom.domain.departure import Departure
 from tuneloom.domain.drafting import (
     ROLE_TEMPERATURES,
     Draft,
@@ -111,6 +112,7 @@ __all__ = [
     "AuditTarget",
     "Checkpoint",
     "DeliveryState",
+    "Departure",
     "Draft",
     "DraftBatch",
     "DraftCounts",

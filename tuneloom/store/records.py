@@ -11,6 +11,7 @@ from tuneloom.domain import (
     ApiKey,
     AuditEntry,
     Checkpoint,
+    Departure,
     Draft,
     Drafter,
     Event,
@@ -137,6 +138,7 @@ class Records:
         self.keys = Table(documents, ApiKey)
         self.owner_limits = Table(documents, OwnerLimits)
         self.audit_entries = Table(documents, AuditEntry)
+        self.departures = Table(documents, Departure)
         self.repeats = Table(documents, Repeat)
         self.usage_parts = Table(documents, UsagePart)
         self.usage_folds = Table(documents, UsageFold)
