@@ -16,6 +16,7 @@ from tuneloom.domain import AdapterRef, Model, Scope, Version, ft_name, model_id
 from tuneloom.engine.base import EngineStats
 from tuneloom.errors import Overloaded
 from tuneloom.generation import Delta, Finished, Frame, GenerationRequest, Started, Usage
+from tuneloom.serve.auth import SignIn
 from tuneloom.serve.ingress import Context, make_app
 from tuneloom.store import Store, open_store
 
@@ -159,9 +160,9 @@ def store(settings: Settings) -> Iterator[Store]:
     store.close()
 
 
-def make_service(settings: Settings, store: Store) -> Service:
+def make_service(settings: Settings, store: Store, people: SignIn | None = None) -> Service:
     base, pokes = FakeBase(), []
-    app = make_app(Context(settings, store, PEPPER, lambda _: base, lambda: pokes.append(None)))
+    app = make_app(Context(settings, store, PEPPER, lambda _: base, lambda: pokes.append(None), people))
     return Service(settings, store, base, app, pokes)
 
 

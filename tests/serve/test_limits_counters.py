@@ -203,7 +203,9 @@ def test_the_arithmetic_of_a_window() -> None:
     assert level(5, 7, 120_000).rolled(60_000) == Level(1_120_000, 0, 0, 1_120_000)
 
 
-@pytest.mark.parametrize("before, used, age_ms", [(9, 3, 100), (10, 10, 59_999), (0, 10, 1), (10, 0, 0), (4, 9, 30_000)])
+@pytest.mark.parametrize(
+    "before, used, age_ms", [(9, 3, 100), (10, 10, 59_999), (0, 10, 1), (10, 0, 0), (4, 9, 30_000)]
+)
 def test_after_the_wait_there_is_room_and_just_before_there_is_none(before: int, used: int, age_ms: int) -> None:
     minute = Charge("k", RateLimitItemPerMinute(10), "requests", "x", cost=4)
     start = 1_000_000
@@ -252,5 +254,5 @@ async def test_all_keys_of_redis_end_by_themselves(redis_url: str) -> None:
     finally:
         await counters.close()
     with redis.Redis.from_url(redis_url) as admin:
-        lives = {key: admin.pttl(key) for key in admin.keys()}
+        lives = {key: admin.pttl(key) for key in admin.scan_iter()}
     assert len(lives) == 3 and min(lives.values()) > 0

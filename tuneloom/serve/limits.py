@@ -19,7 +19,7 @@ from tuneloom.serve.limits_address import Addresses
 from tuneloom.serve.limits_admission import Admission, estimate
 from tuneloom.serve.limits_answer import headers_of, refusal, standing
 from tuneloom.serve.limits_memory import MemoryCounters
-from tuneloom.serve.limits_policy import Caller, Policies, ReadsSpent
+from tuneloom.serve.limits_policy import Caller, Policies
 from tuneloom.serve.limits_routes import Cost
 from tuneloom.serve.limits_window import Charge, Correction, Counters, CountersDown, Place, Taken
 from tuneloom.serve.openai import Call
@@ -50,11 +50,10 @@ class Limits:
         reads: Reads,
         *,
         watch: Callable[[bool], None] = lambda is_shared: None,
-        spent: ReadsSpent = usage.spent,
     ) -> None:
         self.reserved_tokens = settings.limits.reserved_tokens
         self.addresses = Addresses(settings.limits.trusted_proxies)
-        self.policies = Policies(settings.limits, records, reads, spent, stale_s=settings.gateway.stale_s)
+        self.policies = Policies(settings.limits, records, reads, usage.spent, stale_s=settings.gateway.stale_s)
         self._memory = MemoryCounters()
         self._watch = watch
         self._redis = _open_redis(settings, self._hear)
