@@ -92,7 +92,7 @@ def _measure(
         measure = report.add(f"{mode}: {what}", "requests/s", [run.per_second for run in runs])
         report.add(f"{mode}: {what}, p95", "ms", [1000 * run.percentile(0.95) for run in runs])
         wanted = WANTED[what] if mode == "haproxy" else None
-        report.ratio(f"{mode}: {what}, requests a second", measure.median, wanted, unit="1/s")
+        report.ratio(f"{mode}: {what}, requests a second", measure.median, wanted, unit=" /s")
 
 
 def _deploy(settings: Settings, state: ClusterState) -> None:

@@ -52,14 +52,20 @@ async def _drive(host: str, port: int, request: bytes, connections: int, seconds
 
 async def _repeat(host: str, port: int, request: bytes, end: float, latencies: list[float]) -> None:
     reader, writer = await asyncio.open_connection(host, port)
-    try:
-        while (sent := time.perf_counter()) < end:
-            writer.write(request)
+    while (sent := time.perf_counter()) < end:
+        writer.write(request)
+        try:
             async with asyncio.timeout(60):
                 await _read_answer(reader)
-            latencies.append(time.perf_counter() - sent)
-    finally:
-        writer.close()
+        except asyncio.IncompleteReadError as error:
+            # A server may close a connection between two requests.
+            if error.partial:
+                raise
+            writer.close()
+            reader, writer = await asyncio.open_connection(host, port)
+            continue
+        latencies.append(time.perf_counter() - sent)
+    writer.close()
 
 
 async def _read_answer(reader: asyncio.StreamReader) -> None:

@@ -32,4 +32,8 @@ class StubBase:
 def base(args: dict[str, Any]) -> "Application":
     from ray import serve
 
-    return serve.deployment(name="Base")(StubBase).bind(args["settings"], args["base"])
+    from tuneloom.serve.door import Door
+
+    bound = serve.deployment(name="Base")(StubBase).bind(args["settings"], args["base"])
+    behind_haproxy = args["settings"]["gateway"]["mode"] == "haproxy"
+    return serve.deployment(name="Door")(Door).bind(bound) if behind_haproxy else bound

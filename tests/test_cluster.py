@@ -184,7 +184,7 @@ def test_the_clusters_environment_has_nothing_of_the_callers_ray(tmp_path: Path,
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "TUNELOOM_JOB"):
         monkeypatch.setenv(name, "foreign")
     state = make_state(tmp_path, gcs_address="10.0.0.1:20001", dashboard_port=20002)
-    environment = cluster._environment(tmp_path, state)
+    environment = cluster._environment(Settings(home=tmp_path), state)
 
     assert "foreign" not in environment.values()
     assert environment["RAY_ADDRESS"] == "10.0.0.1:20001"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 GATEWAY_APP = "gateway"
 CONTROL_APP = "control"
+BASE_DEPLOYMENT = "Base"
 
 # A dead replica is seen at the next check: this, a process start and a model's load must fit into a minute.
 HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 20.0}
@@ -74,7 +75,7 @@ def _base(settings: Settings, base: BaseSettings) -> dict[str, Any]:
     if base.engine.threads:
         environment["OMP_NUM_THREADS"] = str(base.engine.threads)
     deployment = {
-        "name": "Base",
+        "name": BASE_DEPLOYMENT,
         **_number_of_replicas(base),
         "request_router_config": {
             "request_router_class": ROUTER,
@@ -94,7 +95,11 @@ def _base(settings: Settings, base: BaseSettings) -> dict[str, Any]:
         },
         **HEALTH,
     }
-    return _application(base_app(base.id), "base", deployment, {"settings": _plain(settings), "base": base.id})
+    args = {"settings": _plain(settings), "base": base.id}
+    application = _application(base_app(base.id), "base", deployment, args)
+    if settings.gateway.mode == "haproxy":
+        application["deployments"].append({"name": "Door", "ray_actor_options": {"num_cpus": 0}, **HEALTH})
+    return application
 
 
 def _number_of_replicas(base: BaseSettings) -> dict[str, Any]:
@@ -147,9 +152,12 @@ def gateway(args: dict[str, Any]) -> "Application":
 def base(args: dict[str, Any]) -> "Application":
     from ray import serve
 
+    from tuneloom.serve.door import Door
     from tuneloom.serve.replica import Base
 
-    return serve.deployment(name="Base")(Base).bind(args["settings"], args["base"])
+    bound = serve.deployment(name=BASE_DEPLOYMENT)(Base).bind(args["settings"], args["base"])
+    behind_haproxy = args["settings"]["gateway"]["mode"] == "haproxy"
+    return serve.deployment(name="Door")(Door).bind(bound) if behind_haproxy else bound
 
 
 def control(args: dict[str, Any]) -> "Application":

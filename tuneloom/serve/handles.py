@@ -22,7 +22,7 @@ from tuneloom.engine.base import EngineStats
 from tuneloom.errors import Overloaded, TuneloomError
 from tuneloom.generation import Frame, GenerationRequest
 from tuneloom.serve import members
-from tuneloom.serve.app import base_app
+from tuneloom.serve.app import BASE_DEPLOYMENT, base_app
 from tuneloom.serve.identity import own_name
 from tuneloom.serve.placement import RoutingKey
 from tuneloom.serve.upstream import RETRY_AFTER_S, ReplicaLost
@@ -159,7 +159,8 @@ class ServeBase:
     async def _find(self) -> Any:
         if self._handle is None:
             try:
-                self._handle = await anyio.to_thread.run_sync(serve.get_app_handle, base_app(self._base_id))
+                app = base_app(self._base_id)
+                self._handle = await anyio.to_thread.run_sync(serve.get_deployment_handle, BASE_DEPLOYMENT, app)
             except (RayServeException, RayError) as error:
                 raise Overloaded(
                     f"The base `{self._base_id}` is not running. Try again later.", retry_after_s=RETRY_AFTER_S

@@ -11,28 +11,32 @@ from tuneloom.config import GatewaySettings
 
 NUM_PORTS = 2
 
-_THROUGHPUT = {
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # By default a stopped replica waits half a minute for balancers of other machines to notice.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
-}
+# By default a stopped replica waits half a minute for balancers of other machines to notice.
+DRAINING_S = 2
+# A request crosses between processes in one message, pickled: its body and what was made of it.
+MESSAGE_SLACK_BYTES = 4 << 20
 
 
 def environment(gateway: GatewaySettings, folder: Path, ports: Sequence[int]) -> dict[str, str]:
     """The flags of `gateway.mode`.
 
-    `folder`: where HAProxy keeps its files; its path and a socket's behind it must fit into 97 bytes, of which Ray takes
-    57. `ports`: free ones, for HAProxy's figures.
+    `folder`: where HAProxy keeps its files; its path and a socket's behind it must fit into 97 bytes, of which Ray
+    takes 57. `ports`: free ones, for HAProxy's figures.
     """
     if gateway.mode == "compat":
         return {}
+    fast = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2 * gateway.max_body_bytes + MESSAGE_SLACK_BYTES),
+    }
     if gateway.mode == "throughput":
         # Without a balancer in front, requests still come in by Serve's proxy.
-        return {**_THROUGHPUT, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+        return {**fast, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
     stats, metrics = ports
     return {
-        **_THROUGHPUT,
+        **fast,
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(os.cpu_count() or 1, 4)),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(gateway.request_timeout_s)),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
