@@ -23,5 +23,9 @@ class WebhookSettings(Section):
     max_sending_per_endpoint: int = Field(1, ge=1, description="and one endpoint")
     timeout_s: float = Field(15.0, gt=0, le=30, description="from the connection to the end of the answer")
     poll_s: float = Field(1.0, gt=0, description="how often the outbox is looked at")
-    disable_after_s: float = Field(5 * 86400.0, gt=0, description="an endpoint that only fails for so long is disabled")
+    disable_after_s: float = Field(
+        5 * 86400.0,
+        gt=0,
+        description="an endpoint that has only failed for so long is disabled when a delivery is given up",
+    )
     keep_s: float = Field(30 * 86400.0, gt=0, description="how long the log of deliveries goes back")

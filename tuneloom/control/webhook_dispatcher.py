@@ -189,23 +189,24 @@ class Dispatcher:
             row = _ended(row, "dead", now)
         else:
             row = row.model_copy(update={"next_at": now + pause})
-        self._records.commit(self._table.replace(stored, row), *self._judge(leased.endpoint_id, outcome, now))
+        self._records.commit(self._table.replace(stored, row), *self._judge(row, outcome, now))
         if row.state == "dead":
             logger.warning("delivery given up: %s: %s", row.id, outcome.tried.error)
 
-    def _judge(self, id: str, outcome: Outcome, now: float) -> list[Write]:
+    def _judge(self, row: WebhookDelivery, outcome: Outcome, now: float) -> list[Write]:
         """Note when an endpoint began to fail, and end that note or the endpoint. Mostly nothing changes."""
-        stored = self._records.webhook_endpoints.find(id)
+        stored = self._records.webhook_endpoints.find(row.endpoint_id)
         if stored is None:
             return []
         endpoint = stored.value
+        is_given_up = row.state == "dead" and not row.is_test
         failing_since = None if outcome.is_success else endpoint.failing_since or now
         reason = None
         if outcome.is_gone:
             reason = "The receiver answered 410 (Gone)."
-        elif failing_since is not None and now - failing_since > self._settings.disable_after_s:
+        elif is_given_up and failing_since is not None and now - failing_since > self._settings.disable_after_s:
             days = (now - failing_since) / 86400
-            reason = f"Every delivery failed for {days:.1f} days. The last time: {outcome.tried.error}"
+            reason = f"Nothing was delivered for {days:.1f} days. The last time: {outcome.tried.error}"
         if endpoint.disabled_at is None and reason is not None:
             return self._disable(stored, reason, failing_since, now)
         if failing_since == endpoint.failing_since:
