@@ -11,10 +11,11 @@ from tests.control.conftest import add_job, open_test_store
 from tests.control.fakes import FakeChecker, FakeClock, FakeLauncher, FakeTrainer
 from tuneloom.config import TrainSettings
 from tuneloom.control import jobs
+from tuneloom.control.job_usage import job_over
 from tuneloom.control.reconcile import Reconciler
 from tuneloom.domain import TERMINAL, Job, JobError
 from tuneloom.errors import Conflict
-from tuneloom.store import Store
+from tuneloom.store import Store, usage
 from tuneloom.store.base import Documents, Write
 from tuneloom.store.records import Records
 
@@ -119,7 +120,8 @@ class World:
             after = jobs.apply(stored.value, event)
         except Conflict:
             return
-        self.store.records.commit(self.store.records.jobs.replace(stored, after))
+        used = job_over(self.store.records, stored.value, after, self.clock())
+        self.store.records.commit(self.store.records.jobs.replace(stored, after), *used)
         if after.state == "cancelled":
             self.cancelled.add(id)
 
@@ -203,6 +205,11 @@ def check_outcome(world: World, job: Job) -> None:
         assert sorted(steps) == [1, 2, 3, 4]
         assert job.fine_tuned_model and job.result_files
         assert world.store.records.files.find(job.result_files[0]) is not None
+    counted = [one for one in usage.read(world.store.records, "2000", "2100") if one.used.job_id == job.id]
+    assert len(counted) == (job.usage is not None), "what a job took is counted once"
+    if job.usage is not None:
+        assert counted[0].amounts.device_s == job.usage.seconds
+        assert counted[0].amounts.trained_tokens == job.usage.tokens
     if job.state == "failed":
         assert job.error.code in ("boom", "training_interrupted")
 

@@ -326,8 +326,9 @@ def _cancel(store: "Store", job_id: str) -> None:
         stored, now = store.records.jobs.get(job_id), time.time()
         if not stored.value.is_terminal:
             after = apply(stored.value, Cancelled(now))
-            more = [*outbox.job_ended(store.records, stored.value, after, now), *job_over(stored.value, after, now)]
-            store.records.commit(store.records.jobs.replace(stored, after), *more)
+            told = outbox.job_ended(store.records, stored.value, after, now)
+            used = job_over(store.records, stored.value, after, now)
+            store.records.commit(store.records.jobs.replace(stored, after), *told, *used)
 
     retry(once)
 

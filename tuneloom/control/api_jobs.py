@@ -12,6 +12,7 @@ from tuneloom.control import jobs, outbox, repeat
 from tuneloom.control.body import digest, identify, parse, read_json, retry_count
 from tuneloom.control.context import ApiContext, caller, in_thread, query_int
 from tuneloom.control.job_body import CreateJob
+from tuneloom.control.job_usage import job_over
 from tuneloom.control.job_view import show_checkpoint, show_event, show_job
 from tuneloom.control.jobs import History, JobEvent
 from tuneloom.control.line import Place
@@ -124,8 +125,12 @@ class JobsApi:
                     return stored.value
                 raise
             line = History(after).line(f"The job was {participle}")
-            told = outbox.job_ended(self._records, stored.value, after, time.time())
-            self._records.commit(self._records.jobs.replace(stored, after), self._records.events.create(line), *told)
+            now = time.time()
+            told = outbox.job_ended(self._records, stored.value, after, now)
+            used = job_over(self._records, stored.value, after, now)
+            self._records.commit(
+                self._records.jobs.replace(stored, after), self._records.events.create(line), *told, *used
+            )
             return after
 
         job = await in_thread(retry, once)

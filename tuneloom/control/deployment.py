@@ -20,6 +20,7 @@ from tuneloom.control.webhook_secrets import open_vault
 from tuneloom.control.webhook_sender import Sender
 from tuneloom.errors import TuneloomError
 from tuneloom.store import open_store
+from tuneloom.store.usage_rollup import drop_old, roll_up
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,15 @@ class Control:
         )
         outbox = ControlLoop([self._webhooks], self._webhooks.sweep, tree.webhooks.poll_s, name="outbox")
         self._outbox = outbox
+
+        def roll_up_usage() -> None:
+            now = time.time()
+            roll_up(self._store.records, now)
+            drop_old(self._store.records, now, keep_s=tree.usage.retention_days * 24 * 3600.0)
+
+        # In a thread of its own: jobs do not wait for a busy hour to be folded.
+        self._usage = ControlLoop([], roll_up_usage, SWEEP_INTERVAL_S, name="usage")
+        self._usage.start()
         self._outbox.start()
         self._loop.start()
 
@@ -135,11 +145,13 @@ class Control:
     def check_health(self) -> None:
         self._loop.check_health()
         self._outbox.check_health()
+        self._usage.check_health()
 
     def __del__(self) -> None:
         # Serve calls this when the replica goes; after a failed start there is nothing to end.
         if "_loop" in self.__dict__:
             self._outbox.stop()
+            self._usage.stop()
             self._loop.stop()
             self._webhooks.drain(DRAIN_TIMEOUT_S)
             self._checker.close()

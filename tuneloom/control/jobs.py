@@ -62,6 +62,8 @@ class Yielded:
 class Lost:
     """The attempt is gone without a last word."""
 
+    usage: Usage | None = None
+
 
 @dataclass(frozen=True)
 class Closed:
@@ -187,8 +189,8 @@ def _changes(job: Job, event: JobEvent) -> dict[str, Any]:
                 settings=settings or None,
                 usage=usage,
             )
-        case Lost():
-            return {"attempt_open": False, "losses": job.losses + 1, "estimated_finish": None}
+        case Lost(usage):
+            return {"attempt_open": False, "losses": job.losses + 1, "estimated_finish": None, **_known(usage=usage)}
         case Yielded():
             return {"attempt_open": False, "estimated_finish": None}
         case Closed(usage):

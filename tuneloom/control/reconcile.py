@@ -228,7 +228,7 @@ class Reconciler:
 
     def _lose(self, stored: Stored[Job], progress: Stored[Progress] | None, reason: str) -> None:
         job, now = stored.value, self._clock()
-        lost = apply(job, jobs.Lost())
+        lost = apply(job, jobs.Lost(self._estimator.usage(progress.value if progress else None)))
         fence = [] if progress is None else self._fence(progress)
         logger.warning("attempt lost: %s: %s", job.submission_id, reason)
         if lost.losses > self._settings.max_losses:

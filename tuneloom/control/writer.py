@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from tuneloom.control import jobs, outbox
+from tuneloom.control.job_usage import job_over
 from tuneloom.control.jobs import History, apply
 from tuneloom.domain import Event, Job, JobError
 from tuneloom.store.base import Write
@@ -21,8 +22,10 @@ class JobWriter:
 
     def commit(self, stored: Stored[Job], after: Job, lines: Iterable[Event], writes: Iterable[Write] = ()) -> None:
         events = [self._records.events.create(line) for line in lines]
-        told = outbox.job_ended(self._records, stored.value, after, self._clock())
-        self._records.commit(self._records.jobs.replace(stored, after), *events, *writes, *told)
+        now = self._clock()
+        told = outbox.job_ended(self._records, stored.value, after, now)
+        used = job_over(self._records, stored.value, after, now)
+        self._records.commit(self._records.jobs.replace(stored, after), *events, *writes, *told, *used)
 
     def fail(self, stored: Stored[Job], error: JobError) -> None:
         job, now = stored.value, self._clock()
