@@ -80,6 +80,7 @@ async def test_a_person_signs_up_signs_in_and_goes_on_with_a_refreshed_token(ser
             "email": "ada@example.com",
             "key": None,
             "models": [],
+            "deletion_requested_at": None,
         }
     assert {request.owner for request in service.base.requests} == {up["localId"]}
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from tuneloom.control import files, repeat
+from tuneloom.control import departures, files, repeat
 from tuneloom.store import Store
 from tuneloom.store.base import Range, StoreConflict, Write
 
@@ -22,7 +22,7 @@ STATES_SWEEP_S = 24 * 3600.0
 def sweep(store: Store, clock: Callable[[], float] = time.time) -> None:
     """One round; a few hundred records of each kind at most."""
     now = clock()
-    for step in (_sweep_files, _sweep_uploads, _sweep_repeats, _sweep_file_checks, _sweep_states):
+    for step in (_sweep_files, _sweep_uploads, _sweep_repeats, _sweep_file_checks, _sweep_states, departures.carry_on):
         try:
             step(store, now)
         except StoreConflict:
