@@ -69,6 +69,9 @@ def ids(found: list[Any]) -> list[str]:
 
 
 class DocumentsContract:
+    # Of random commits and queries; fewer where each call takes milliseconds.
+    NUM_EXAMPLES = 60
+
     @pytest.fixture
     def documents(self, documents_url: str) -> Iterator[Documents]:
         documents = open_documents(documents_url)
@@ -401,7 +404,7 @@ class DocumentsContract:
         run_state_machine_as_test(
             lambda: DocumentsMachine(documents),
             settings=settings(
-                max_examples=60,
+                max_examples=self.NUM_EXAMPLES,
                 stateful_step_count=25,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),

@@ -30,11 +30,17 @@ def open_store(settings: "Settings") -> Store:
 
 
 def open_documents(url: str) -> Documents:
-    """The documents at `sqlite:PATH`; close them after use."""
+    """The documents at `sqlite:PATH`, `firestore:PROJECT` or `firestore:PROJECT/DATABASE`; close them after use."""
     match _split(url):
         case ("sqlite", path):
             return SqliteDocuments(Path(path))
-    raise InvalidRequest(f"`{url}` is not a documents URL. Use `sqlite:PATH`.", param="documents_url")
+        case ("firestore", _):
+            from tuneloom.store.firestore import FirestoreDocuments
+
+            return FirestoreDocuments.at(url)
+    raise InvalidRequest(
+        f"`{url}` is not a documents URL. Use `sqlite:PATH` or `firestore:PROJECT/DATABASE`.", param="documents_url"
+    )
 
 
 def open_blobs(url: str) -> Blobs:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from tuneloom.errors import InvalidRequest, TuneloomError
+from tuneloom.errors import InvalidRequest, Overloaded, TuneloomError
 
 MAX_WRITES = 400
 
@@ -26,6 +26,13 @@ class StoreConflict(TuneloomError):
 
     status = 409
     code = "conflict"
+
+
+class CommitUnknown(Overloaded):
+    """The answer to a commit was lost, and the documents do not tell whether it was applied; it may still be.
+
+    It is applied whole or not at all. Read again and decide again.
+    """
 
 
 class BlobNotFound(TuneloomError):
@@ -153,7 +160,8 @@ class Documents(Protocol):
 
         A key of `where` may be dotted (`metadata.team`) to look inside nested objects; build it with `field_path`
         when a part comes from a user. Values are compared with their type: `True` is not 1, 1 is 1.0, and None
-        matches a field that is there and null. `order_by` is a top-level field, or `id`, the document id. Order is
+        matches a field that is there and null. A condition looks into objects, not into lists, and finds everything in
+        a record of up to half a megabyte. `order_by` is a top-level field, or `id`, the document id. Order is
         null, booleans, numbers, text by code point; `descending` reverses it, ids too. `bounds` apply to `order_by`
         and admit only values of the bound's own type. `after` is the cursor: the (order_by value, id) of the last
         document seen; with `order_by="id"` both are the id. Documents without the ordered field are not returned.
@@ -168,8 +176,10 @@ class Documents(Protocol):
 
         Raises:
             StoreConflict: a precondition did not hold.
-            InvalidRequest: a write breaks the rules of `store.limits`.
-            Overloaded: other writers did not let this one in for too long.
+            InvalidRequest: a write breaks the rules of `store.limits`, or adds to what is no number.
+            TooLarge: the records are too large, one or all together.
+            Overloaded: other writers did not let this one in for too long, or the store does not answer. Nothing was
+                written, unless it is a CommitUnknown.
         """
         ...
 

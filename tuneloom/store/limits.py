@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuneloom.errors import InvalidRequest, TooLarge
-from tuneloom.store.base import MAX_WRITES, Create, Increment, Replace, Write
+from tuneloom.store.base import MAX_WRITES, Create, Increment, Range, Replace, Scalar, Write
 
 MAX_DOCUMENT_BYTES = 1_000_000
 MAX_ID_BYTES = 1500
 MAX_KEY_LENGTH = 900
 MAX_DEPTH = 20
+MAX_FIELDS = 128
+MAX_COMMIT_BYTES = 5_000_000
+# A condition looks so deep into a record, by names of so many bytes together.
+MAX_PATH_PARTS = 16
+MAX_PATH_BYTES = 1400
 
 _COLLECTION = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -65,8 +70,68 @@ def check_writes(writes: Sequence[Write]) -> None:
             check_field(write.field)
             check_value(write.by, write.field)
         elif isinstance(write, Create | Replace):
+            if len(write.data) > MAX_FIELDS:
+                raise InvalidRequest(
+                    f"`{write.collection}/{write.id}` has {len(write.data)} fields and may have {MAX_FIELDS}."
+                )
             for name in write.data:
                 check_field(name)
+
+
+def check_size(texts: Sequence[str]) -> None:
+    """Raise TooLarge unless records of these JSON texts may be written by one commit."""
+    if sum(map(len, texts)) > MAX_COMMIT_BYTES:
+        raise TooLarge(f"The records of a commit may have {MAX_COMMIT_BYTES:,} bytes together. Split it.")
+
+
+def check_path(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the parts of a key of `where` if it may be one."""
+    check_field(parts[0])
+    if len(parts) > MAX_PATH_PARTS or sum(len(part.encode(errors="surrogatepass")) for part in parts) > MAX_PATH_BYTES:
+        raise InvalidRequest(
+            f"A condition on `{parts[0]}` names {len(parts)} fields inside each other; it may name {MAX_PATH_PARTS}, "
+            f"of {MAX_PATH_BYTES} bytes together."
+        )
+    if any(_has_surrogate(part) for part in parts):
+        raise InvalidRequest(f"A condition on `{parts[0]}` holds half of a surrogate pair, which is not text.")
+    return parts
+
+
+def check_bounds(order_by: str, bounds: Range) -> None:
+    """Raise InvalidRequest if one of the bounds has no place in an order."""
+    for value in (bounds.above, bounds.at_least, bounds.below, bounds.at_most):
+        if not is_searchable(value):
+            raise InvalidRequest(f"`{value!r}` cannot bound `{order_by}`.")
+
+
+def check_cursor(order_by: str, after: tuple[Scalar, str]) -> None:
+    """Raise InvalidRequest unless this is a place in the order of `order_by`."""
+    value, id = after
+    if not is_searchable(value) or not isinstance(id, str) or not is_searchable(id):
+        raise InvalidRequest(f"`{after!r}` is not a place in the order of `{order_by}`.")
+
+
+def is_searchable(value: Any) -> bool:
+    """Whether any document can hold this scalar."""
+    try:
+        check_value(value, "where")
+    except InvalidRequest:
+        return False
+    return rank_of(value) < 4
+
+
+def rank_of(value: Any) -> int:
+    """The place of a value's type in the order: null, booleans, numbers, text; then what has no order."""
+    match value:
+        case None:
+            return 0
+        case bool():
+            return 1
+        case int() | float():
+            return 2
+        case str():
+            return 3
+    return 4
 
 
 def check_value(value: Any, path: str, depth: int = 1) -> None:

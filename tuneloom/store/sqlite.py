@@ -28,7 +28,7 @@ from tuneloom.store.base import (
     Write,
 )
 from tuneloom.store.forks import ForkGate
-from tuneloom.store.limits import check_collection, check_writes, encode, is_document_id
+from tuneloom.store.limits import check_collection, check_size, check_writes, encode, is_document_id
 from tuneloom.store.sqlite_query import INDEXES, holds, select
 
 SCHEMA_VERSION = 1
@@ -89,6 +89,7 @@ class SqliteDocuments:
         # Random, so that a revision never comes back: not after a delete, nor after an old copy of the file.
         rev = secrets.token_hex(8)
         steps = [(write, encode(write.data) if isinstance(write, Create | Replace) else "") for write in writes]
+        check_size([text for _, text in steps])
         if steps:
             with self._use() as connection, self._transaction(connection):
                 for write, text in steps:

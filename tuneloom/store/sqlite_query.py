@@ -7,7 +7,15 @@ from typing import Any
 
 from tuneloom.errors import InvalidRequest
 from tuneloom.store.base import Range, Scalar, split_path
-from tuneloom.store.limits import check_collection, check_field, check_value
+from tuneloom.store.limits import (
+    check_bounds,
+    check_collection,
+    check_cursor,
+    check_field,
+    check_path,
+    is_searchable,
+    rank_of,
+)
 
 # What is asked for often: every request looks up a key and a name, every list is an owner's, reconcile asks by state.
 INDEXES = {
@@ -45,6 +53,7 @@ def select(
         raise InvalidRequest(f"`limit` is {limit}. Use 0 or more.")
     conditions = [f"collection = '{check_collection(collection)}'"]
     values: list[Any] = []
+    check_bounds(order_by, bounds)
     order = ["id"] if order_by == "id" else _order(check_field(order_by))
     if order_by != "id":
         conditions.append(f"{order[0]} IS NOT NULL")
@@ -72,19 +81,18 @@ def holds(data: str, parts: str, value: str) -> bool:
             return False
         found = found[part]
     wanted = json.loads(value)
-    return _rank(found) == _rank(wanted) and found == wanted
+    return rank_of(found) == rank_of(wanted) and found == wanted
 
 
 def _equals(path: str, value: Scalar, *, may_use_index: bool) -> tuple[str, list[Any]]:
-    parts = split_path(path)
-    check_field(parts[0])
-    if not _is_searchable(value):
+    parts = check_path(split_path(path))
+    if not is_searchable(value):
         return "FALSE", []
     text = json.dumps(value)
     if not all(part.isascii() and part.isidentifier() for part in parts):
         return "holds(data, ?, ?)", [json.dumps(parts), text]
     field = f"'$.{'.'.join(parts)}'"
-    if _rank(value) == 2:
+    if rank_of(value) == 2:
         # Both numbers come from their JSON text by the same conversion, so that equal texts are equal.
         return f"{_type_rank(field)} = 2 AND json_extract(data, {field}) = json_extract(?, '$')", [text]
     # The stored text is compared: exact for every string, and `true` is not 1.
@@ -98,23 +106,20 @@ def _order(field: str) -> list[str]:
 def _bound(order_by: str, sign: str, value: Scalar) -> tuple[str, list[Any]]:
     if value is None:
         return "TRUE", []
-    if not _is_searchable(value):
-        raise InvalidRequest(f"`{value!r}` cannot bound `{order_by}`.")
     if order_by == "id":
         return (f"id {sign} ?", [value]) if isinstance(value, str) else ("FALSE", [])
     rank, field, _ = _order(order_by)
-    return f"{rank} = {_rank(value)} AND {field} {sign} json_extract(?, '$')", [json.dumps(value)]
+    return f"{rank} = {rank_of(value)} AND {field} {sign} json_extract(?, '$')", [json.dumps(value)]
 
 
 def _beyond(order_by: str, order: list[str], sign: str, after: tuple[Scalar, str] | None) -> tuple[str, list[Any]]:
     if after is None:
         return "TRUE", []
+    check_cursor(order_by, after)
     value, id = after
-    if not _is_searchable(value) or not _is_searchable(id):
-        raise InvalidRequest(f"`{after!r}` is not a place in the order of `{order_by}`.")
     if order_by == "id":
         return f"id {sign} ?", [id]
-    place = f"({_rank(value)}, coalesce(json_extract(?, '$'), 0), ?)"
+    place = f"({rank_of(value)}, coalesce(json_extract(?, '$'), 0), ?)"
     return f"({', '.join(order)}) {sign} {place}", [json.dumps(value), id]
 
 
@@ -123,26 +128,3 @@ def _type_rank(field: str) -> str:
         f"CASE json_type(data, {field}) WHEN 'null' THEN 0 WHEN 'true' THEN 1 WHEN 'false' THEN 1 "
         "WHEN 'integer' THEN 2 WHEN 'real' THEN 2 WHEN 'text' THEN 3 END"
     )
-
-
-def _rank(value: Any) -> int:
-    """The place of a value's type in the order: null, booleans, numbers, text; then what has no order."""
-    match value:
-        case None:
-            return 0
-        case bool():
-            return 1
-        case int() | float():
-            return 2
-        case str():
-            return 3
-    return 4
-
-
-def _is_searchable(value: Any) -> bool:
-    """Whether any document can hold this scalar."""
-    try:
-        check_value(value, "where")
-    except InvalidRequest:
-        return False
-    return _rank(value) < 4
