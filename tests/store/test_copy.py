@@ -79,7 +79,7 @@ def test_an_installation_goes_to_the_cloud_and_comes_back_the_same(local: str, c
     assert all(first.records.values())
 
 
-@pytest.mark.parametrize("kind", ["local", "cloud"])
+@pytest.mark.parametrize("kind", ["local", pytest.param("cloud", marks=pytest.mark.cloud)])
 def test_a_second_copy_has_nothing_to_do(local: str, tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
     target = pair(tmp_path / "other") if kind == "local" else request.getfixturevalue("cloud")
     with opened(local, target) as (here, there):
@@ -175,7 +175,7 @@ def spoil(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["local", "cloud"])
+@pytest.mark.parametrize("kind", ["local", pytest.param("cloud", marks=pytest.mark.cloud)])
 def test_a_copy_that_is_killed_again_and_again_is_whole_in_the_end(
     local: str, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:

@@ -4,15 +4,20 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.parts.servers import free_port
 from tests.train.conftest import Lab, colour_rows
 from tuneloom.bases import get_base
 from tuneloom.domain import Job, JobSpec, TrainOptions
+from tuneloom.errors import Overloaded
 from tuneloom.rows import Scan
+from tuneloom.store.gcs import GcsBlobs
+from tuneloom.store.gcs_client import EMULATOR, Waits
 from tuneloom.train.check import Check, check_job
 from tuneloom.train.folders import run_folder
 from tuneloom.train.inputs import read_inputs
@@ -222,3 +227,11 @@ def test_training_uses_the_tokens_that_the_check_left(lab: Lab) -> None:
     base = get_base(lab.settings.bases_dir, job.spec.base)
     inputs = read_inputs(lab.store, job, base, run_folder(lab.settings, job.id))
     assert inputs.training.num_rows == 24
+
+
+def test_a_store_that_does_not_answer_says_nothing_about_the_files(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = lab.add_job(colour_rows(12))
+    monkeypatch.setenv(EMULATOR, f"http://127.0.0.1:{free_port()}")
+    away = GcsBlobs("bucket", waits=Waits(call_s=0.3, piece_s=0.3))
+    with pytest.raises(Overloaded):
+        check_job(lab.settings, replace(lab.store, blobs=away), job.id)

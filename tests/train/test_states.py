@@ -11,9 +11,10 @@ from tuneloom.train.states import StoredStates
 PREFIX = "jobs/j/states"
 
 
-@pytest.fixture
-def blobs(tmp_path: Path) -> Blobs:
-    return open_blobs(f"file:{tmp_path / 'blobs'}")
+@pytest.fixture(params=["file", pytest.param("gcs", marks=pytest.mark.cloud)])
+def blobs(tmp_path: Path, request: pytest.FixtureRequest) -> Blobs:
+    is_file = request.param == "file"
+    return open_blobs(f"file:{tmp_path / 'blobs'}" if is_file else request.getfixturevalue("gcs_url"))
 
 
 def writer(text: str) -> Callable[[Path], None]:

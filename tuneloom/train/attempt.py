@@ -30,6 +30,7 @@ from tuneloom.train.lineage import Witness
 from tuneloom.train.memory import free_room
 from tuneloom.train.meter import Meter
 from tuneloom.train.micro import smaller, with_micro_size
+from tuneloom.train.patience import PatientBlobs
 from tuneloom.train.plan import Plan, make_plan, settings_text
 from tuneloom.train.progress import FenceLost, Pulse, Voice
 from tuneloom.train.publish import Outcome, Publisher
@@ -78,6 +79,7 @@ def run_attempt(settings: Settings, job_id: str, attempt: int, notice: threading
     `notice` is set when the node is about to be taken away: the run is then saved, and goes on elsewhere.
     """
     store = open_store(settings)
+    store = replace(store, blobs=PatientBlobs(store.blobs))
     voice = Voice(store.records, job_id, attempt)
     try:
         before = voice.progress()

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from tuneloom.bases import get_base
 from tuneloom.config import Settings, load
 from tuneloom.domain import File, JobError, JobSpec
-from tuneloom.errors import InvalidFile, TuneloomError
+from tuneloom.errors import InvalidFile, Overloaded, TuneloomError
 from tuneloom.rows import Scan
 from tuneloom.store import Store, open_store
 from tuneloom.train.data import (
@@ -197,6 +197,9 @@ def check_files(settings: Settings, store: Store, owner: str, spec: JobSpec, fol
             return report
         with TemporaryDirectory() as cache:
             return replace(report, planned=check.plan(report, fetch_start(store.blobs, spec, Path(cache))))
+    except Overloaded:
+        # Nothing is wrong with the files: this process ends, and another one is started.
+        raise
     except TuneloomError as error:
         return Report(error=JobError(code=error.code or "server_error", message=error.message, param=error.param))
 
