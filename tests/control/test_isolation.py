@@ -4,10 +4,13 @@ import pytest
 
 from tests.control.conftest import BASE
 from tests.control.test_models import add_version
+from tuneloom.control import outbox
 from tuneloom.domain import Checkpoint
 
 JOBS = "/v1/fine_tuning/jobs"
 OURS = "/v1/tuneloom/models"
+HOOKS = "/v1/tuneloom/webhooks"
+OPENAI_HOOKS = "/v1/webhook_endpoints"
 PART = {"files": {"data": ("part", b"x")}}
 
 
@@ -27,6 +30,10 @@ def hers(api) -> dict[str, str]:
         adapter=version.adapter,
     )
     api.store.records.commit(api.store.records.checkpoints.create(checkpoint))
+    hook = {"url": "https://example.com/", "event_types": ["fine_tuning.job.failed"]}
+    endpoint = api.post(HOOKS, json=hook, key="ada:account").json()["id"]
+    delivery = outbox.delivery(api.store.records.webhook_endpoints.get(endpoint).value, "x", {"id": "x"}, 1.0)
+    api.store.records.commit(api.store.records.webhook_deliveries.create(delivery))
     upload = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 1, "mime_type": "x"}
     return {
         "FILE": job["training_file"],
@@ -36,6 +43,8 @@ def hers(api) -> dict[str, str]:
         "PINNED": "bot@v1",
         "FT": version.ft_name.replace("/", "%2F"),
         "CHECKPOINT": checkpoint.name.replace("/", "%2F"),
+        "HOOK": endpoint,
+        "DELIVERY": delivery.id,
         "EVENT": api.get(f"{JOBS}/{job['id']}/events").json()["data"][0]["id"],
     }
 
@@ -78,6 +87,23 @@ def hers(api) -> dict[str, str]:
         ("POST", f"{OURS}/MODEL/rollback", {}),
         ("GET", f"{OURS}/MODEL/adapter", {}),
         ("GET", f"{OURS}/FT/adapter", {}),
+        ("GET", f"{HOOKS}/HOOK", {}),
+        ("GET", f"{HOOKS}?after=HOOK", {}),
+        ("POST", f"{HOOKS}/HOOK", {"json": {"enabled": False}}),
+        ("POST", f"{HOOKS}/HOOK", {"json": {"nonsense": 1}}),
+        ("DELETE", f"{HOOKS}/HOOK", {}),
+        ("POST", f"{HOOKS}/HOOK/rotate", {"json": {}}),
+        ("POST", f"{HOOKS}/HOOK/test", {"json": {}}),
+        ("GET", f"{HOOKS}/HOOK/deliveries", {}),
+        ("GET", f"{HOOKS}/HOOK/deliveries?after=DELIVERY", {}),
+        ("GET", f"{HOOKS}/HOOK/deliveries/DELIVERY", {}),
+        ("POST", f"{HOOKS}/HOOK/deliveries/DELIVERY/replay", {}),
+        ("GET", f"{OPENAI_HOOKS}/HOOK", {}),
+        ("GET", f"{OPENAI_HOOKS}?after=HOOK", {}),
+        ("POST", f"{OPENAI_HOOKS}/HOOK", {"json": {"name": "mine"}}),
+        ("DELETE", f"{OPENAI_HOOKS}/HOOK", {}),
+        ("POST", f"{OPENAI_HOOKS}/HOOK/rotate_secret", {"json": {}}),
+        ("POST", f"{OPENAI_HOOKS}/HOOK/test", {"json": {"event_type": "fine_tuning.job.failed"}}),
     ],
 )
 def test_foreign_and_absent_are_answered_alike(api, hers, method, path, options):
@@ -91,7 +117,7 @@ def test_foreign_and_absent_are_answered_alike(api, hers, method, path, options)
         sent = dict(options)
         if "json" in sent:
             sent["json"] = {key: fill(value) for key, value in sent["json"].items()}
-        answer = api.call(method, fill(path), key="bob:training", **sent)
+        answer = api.call(method, fill(path), key="bob:training,account", **sent)
         content = answer.content
         # The longest first: a name may be a part of another.
         for word, name in sorted(names.items(), key=lambda item: -len(item[1])):
@@ -105,9 +131,9 @@ def test_foreign_and_absent_are_answered_alike(api, hers, method, path, options)
 
 
 def test_lists_hold_only_what_is_the_callers(api, hers):
-    for path in ("/v1/files", JOBS, OURS):
-        assert api.get(path, key="bob:training").json()["data"] == []
-        assert api.get(path).json()["data"] != []
+    for path in ("/v1/files", JOBS, OURS, HOOKS):
+        assert api.get(path, key="bob:training,account").json()["data"] == []
+        assert api.get(path, key="ada:training,account").json()["data"] != []
     names = [model["id"] for model in api.get("/v1/models", key="bob:training").json()["data"]]
     assert names == [BASE, "gpt-4o-mini-2024-07-18"]
 
