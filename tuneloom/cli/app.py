@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli import bases, files, jobs, keys, lineage, local, models, store
+from tuneloom.cli import bases, files, jobs, keys, lineage, local, models, store, webhooks
 
 app = typer.Typer(
     name="tuneloom",
@@ -40,4 +40,5 @@ app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(files.app, name="files")
 app.add_typer(bases.app, name="bases")
+app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(store.app, name="store")
