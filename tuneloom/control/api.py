@@ -13,14 +13,17 @@ from starlette.routing import Route
 
 from tuneloom.control import audit
 from tuneloom.control.api_checks import ChecksApi
+from tuneloom.control.api_drafts import DraftsApi
 from tuneloom.control.api_estimate import EstimateApi
 from tuneloom.control.api_files import FilesApi
 from tuneloom.control.api_jobs import JobsApi
 from tuneloom.control.api_keys import KeysApi
+from tuneloom.control.api_limits import LimitsApi
 from tuneloom.control.api_me import MeApi
 from tuneloom.control.api_models import ModelsApi
 from tuneloom.control.api_rows import RowsApi
 from tuneloom.control.api_uploads import UploadsApi
+from tuneloom.control.api_usage import UsageApi
 from tuneloom.control.api_webhooks import WebhooksApi
 from tuneloom.control.context import ApiContext
 
@@ -34,6 +37,7 @@ def routes(context: ApiContext) -> list[Route]:
     apis = (
         FilesApi(context),
         RowsApi(context),
+        DraftsApi(context),
         UploadsApi(context),
         checks,
         EstimateApi(context, checks),
@@ -42,6 +46,8 @@ def routes(context: ApiContext) -> list[Route]:
         KeysApi(context),
         WebhooksApi(context),
         MeApi(context),
+        UsageApi(context),
+        LimitsApi(context),
     )
     return [
         Route(route.path, _stamped(route.endpoint), methods=sorted(route.methods or ()))

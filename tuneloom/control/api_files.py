@@ -9,20 +9,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tuneloom.control import files, repeat
+from tuneloom.control import files, owner_limits, repeat
 from tuneloom.control.body import Form, digest, identify, read_form
 from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
 from tuneloom.control.pages import read_page
 from tuneloom.control.retry import retry
 from tuneloom.domain import File, new_id
 from tuneloom.errors import InvalidRequest, NotFound
-from tuneloom.store.base import BlobNotFound
+from tuneloom.store.base import BlobNotFound, Write
 
 
 class FilesApi:
     """Each method is one endpoint."""
 
     def __init__(self, context: ApiContext) -> None:
+        self._settings = context.settings
         self._store = context.store
         self._records = context.store.records
         self._limits = context.settings.gateway
@@ -69,11 +70,16 @@ class FilesApi:
         file = files.put_bytes(
             self._store, file, part.chunks(), max_bytes=self._limits.max_file_bytes, timeout_s=self._timeout_s
         )
+
+        def make() -> tuple[str, File, list[Write]]:
+            owner_limits.check_room(self._settings, self._records, caller(request), file.size_bytes)
+            return id, file, [self._records.files.create(file)]
+
         with files.dropped_if_refused(self._store, file.blob):
             kept = repeat.create_once(
                 self._records,
                 asked,
-                lambda: (id, file, [self._records.files.create(file)]),
+                make,
                 lambda found: files.get_file(self._records, owner, found).value,
             )
         if kept.id != id:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.control import jobs, outbox, repeat
+from tuneloom.control import jobs, outbox, owner_limits, repeat
 from tuneloom.control.body import digest, identify, parse, read_json, retry_count
 from tuneloom.control.context import ApiContext, caller, in_thread, query_int
 from tuneloom.control.job_body import CreateJob
@@ -62,7 +62,8 @@ class JobsApi:
         spec = self._new.spec(owner, body)
 
         def make() -> tuple[str, Job, list[Write]]:
-            job, writes = self._new.draft(owner, spec, body.model)
+            allowance = owner_limits.allowance_of(self._context.settings, self._records, caller(request))
+            job, writes = self._new.draft(owner, spec, body.model, allowance.max_queued_jobs)
             return job.id, job, writes
 
         asked = identify(request, owner, digest(raw))

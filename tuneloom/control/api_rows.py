@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tuneloom.control import files, repeat
+from tuneloom.control import files, owner_limits, repeat
 from tuneloom.control.api_files import show_file
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
@@ -20,7 +20,7 @@ from tuneloom.errors import InvalidFile, InvalidRequest, NotFound
 from tuneloom.rows import Appended, Edit, NewRow, export, plan_export, read_page
 from tuneloom.rows.convert import joined
 from tuneloom.store import Store
-from tuneloom.store.base import BlobNotFound
+from tuneloom.store.base import BlobNotFound, Write
 
 MAX_PAGE = 1000
 PAGE_BYTES = 4 << 20
@@ -67,6 +67,7 @@ class EditFile(Body):
 
 class RowsApi:
     def __init__(self, context: ApiContext) -> None:
+        self._settings = context.settings
         self._store = context.store
         self._records = context.store.records
         self._limits = context.settings.gateway
@@ -148,11 +149,16 @@ class RowsApi:
                 self._store, file, lines, max_bytes=self._limits.max_file_bytes, timeout_s=self._timeout_s
             )
         file = file.model_copy(update={"provenance": _provenance(base, edit, sources, now)})
+
+        def make() -> tuple[str, File, list[Write]]:
+            owner_limits.check_room(self._settings, self._records, caller(request), file.size_bytes)
+            return id, file, [self._records.files.create(file)]
+
         with files.dropped_if_refused(self._store, file.blob):
             kept = repeat.create_once(
                 self._records,
                 asked,
-                lambda: (id, file, [self._records.files.create(file)]),
+                make,
                 lambda found: files.get_file(self._records, owner, found).value,
             )
         if kept.id != id:

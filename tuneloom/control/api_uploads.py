@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.control import files, repeat
+from tuneloom.control import files, owner_limits, repeat
 from tuneloom.control.api_files import show_file
 from tuneloom.control.body import Body, Part, digest, identify, parse, read_form, read_json, retry_count, size_text
 from tuneloom.control.context import ApiContext, caller, in_thread
@@ -42,6 +42,7 @@ class UploadsApi:
     """Each method is one endpoint."""
 
     def __init__(self, context: ApiContext) -> None:
+        self._settings = context.settings
         self._store = context.store
         self._records = context.store.records
         self._limits = context.settings.gateway
@@ -79,10 +80,15 @@ class UploadsApi:
             expires_at=now + files.UPLOAD_LIFE_S,
             file_expires_after_s=None if after is None else files.check_expiry(after.anchor, after.seconds),
         )
+
+        def make() -> tuple[str, Upload, list[Write]]:
+            owner_limits.check_room(self._settings, self._records, caller(request), upload.size_bytes)
+            return upload.id, upload, [self._records.uploads.create(upload)]
+
         kept = repeat.create_once(
             self._records,
             identify(request, owner, digest(raw)),
-            lambda: (upload.id, upload, [self._records.uploads.create(upload)]),
+            make,
             lambda found: files.get_upload(self._records, owner, found).value,
         )
         return self._show_upload(kept)

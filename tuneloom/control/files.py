@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+from tuneloom.control import audit
 from tuneloom.control.jobs import UNFINISHED
-from tuneloom.domain import File, Job, Upload, UploadPart
-from tuneloom.errors import Conflict, InvalidFile, InvalidRequest, NotFound, TooLarge
+from tuneloom.domain import Actor, AuditTarget, File, Job, Upload, UploadPart
+from tuneloom.errors import Conflict, InsufficientQuota, InvalidFile, InvalidRequest, NotFound, TooLarge
 from tuneloom.rows import to_json_lines
 from tuneloom.store import Store
 from tuneloom.store.base import StoreConflict, Write
@@ -99,7 +100,7 @@ def dropped_if_refused(store: Store, blob: str) -> Iterator[None]:
     """Remove a blob whose record was refused. After any other failure the commit may have been made: it stays."""
     try:
         yield
-    except (StoreConflict, InvalidRequest):
+    except (StoreConflict, InvalidRequest, InsufficientQuota):
         store.blobs.delete(blob)
         raise
 
@@ -151,7 +152,7 @@ def users_of(records: Records, owner: str, file_id: str) -> list[Job]:
     ]
 
 
-def delete_file(store: Store, owner: str, id: str) -> None:
+def delete_file(store: Store, owner: str, id: str, actor: Actor | None = None) -> None:
     """Delete a file and its bytes.
 
     Raises:
@@ -167,7 +168,10 @@ def delete_file(store: Store, owner: str, id: str) -> None:
             "Cancel the job or wait for its end.",
             code="file_in_use",
         )
-    store.records.commit(store.records.files.delete(stored))
+    target = AuditTarget(owner=owner, type="file", id=id, name=stored.value.filename)
+    data = {"purpose": stored.value.purpose, "bytes": stored.value.size_bytes}
+    entry = audit.entry(actor or audit.cli_actor(), "file.deleted", target, data)
+    store.records.commit(store.records.files.delete(stored), entry)
     store.blobs.delete(stored.value.blob)
 
 

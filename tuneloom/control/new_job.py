@@ -72,8 +72,12 @@ class NewJobs:
         check_settings_agree(spec)
         return spec
 
-    def draft(self, owner: str, spec: JobSpec, requested_model: str) -> tuple[Job, list[Write]]:
+    def draft(
+        self, owner: str, spec: JobSpec, requested_model: str, max_queued: int | None = None
+    ) -> tuple[Job, list[Write]]:
         """A job and the writes that create it, against what is stored at this moment.
+
+        `max_queued`: jobs of the owner that may wait; None: as the settings say.
 
         Raises:
             InvalidFile: the owner has no such file.
@@ -81,7 +85,7 @@ class NewJobs:
         """
         needed = self.files_of(owner, spec)
         self._check_base(owner, spec)
-        self._check_queue(owner)
+        self._check_queue(owner, max_queued or self._context.settings.train.max_queued_per_owner)
         now = time.time()
         job = Job(id=new_id("ftjob-"), owner=owner, spec=spec, requested_model=requested_model, created_at=now)
         history = History(job, now)
@@ -150,8 +154,7 @@ class NewJobs:
             if existing is not None:
                 models.check_same_base(existing.value, spec.base)
 
-    def _check_queue(self, owner: str) -> None:
-        limit = self._context.settings.train.max_queued_per_owner
+    def _check_queue(self, owner: str, limit: int) -> None:
         waiting = sum(
             not stored.value.attempt_open
             for state in ("validating_files", "queued")

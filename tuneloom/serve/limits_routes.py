@@ -13,7 +13,7 @@ _TABLE: tuple[tuple[str, str, Cost], ...] = (
     ("POST", r"/v1/tuneloom/drafts(/.*)?", "spending"),
     ("POST", r"/v1/files", "costly"),
     ("POST", r"/v1/uploads", "costly"),
-    ("POST", r"/v1/tuneloom/files/[^/]+/check", "costly"),
+    ("POST", r"/v1/tuneloom/files/[^/]+/(check|edit)", "costly"),
     ("POST", r"/v1/tuneloom/estimate", "costly"),
     ("POST", r"/v1/tuneloom/models/import", "costly"),
     ("POST", r"/v1/tuneloom/keys(/[^/]+/rotate)?", "costly"),
