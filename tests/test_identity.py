@@ -81,3 +81,11 @@ def test_production_without_emulators_is_as_it_should_be(tmp_path: Path) -> None
 def test_a_wrong_setting_is_named(tmp_path: Path, identity: dict[str, object], said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):
         load(tmp_path, identity=identity)
+
+
+def test_the_page_names_every_setting_and_its_example_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "cloud.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Sign-in\n")[2].partition("\n## ")[0]
+    assert [name for name in config.IdentitySettings.model_fields if f"{name}" not in section] == []
+    example = yaml.safe_load(section.partition("```yaml\n")[2].partition("```")[0])
+    assert load(tmp_path, **example).identity.admins == ("ada@example.com",)
