@@ -13,7 +13,7 @@ from tuneloom.store.sqlite import SqliteDocuments
 if TYPE_CHECKING:
     from tuneloom.config import Settings
 
-__all__ = ["Store", "open_blobs", "open_documents", "open_store"]
+__all__ = ["Store", "open_blobs", "open_documents", "open_pair", "open_store"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,11 @@ class Store:
 
 
 def open_store(settings: "Settings") -> Store:
-    return Store(Records(open_documents(settings.documents)), open_blobs(settings.blobs))
+    return open_pair(settings.documents, settings.blobs)
+
+
+def open_pair(documents_url: str, blobs_url: str) -> Store:
+    return Store(Records(open_documents(documents_url)), open_blobs(blobs_url))
 
 
 def open_documents(url: str) -> Documents:
