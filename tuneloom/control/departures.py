@@ -55,7 +55,7 @@ def ask(records: Records, owner: str, actor: Actor) -> Departure:
 def carry_on(store: Store, now: float, clock: Callable[[], float] = time.monotonic) -> None:
     """One round for everybody who leaves; it takes a few seconds at most."""
     deadline = clock() + ROUND_S
-    for departure in store.records.departures.query(order_by="requested_at", limit=BATCH):
+    for departure in store.records.departures.query(limit=BATCH):
         if clock() >= deadline:
             return
         try:
