@@ -20,6 +20,7 @@ from tuneloom.control.webhook_secrets import open_vault
 from tuneloom.control.webhook_sender import Sender
 from tuneloom.errors import TuneloomError
 from tuneloom.store import open_store
+from tuneloom.store.records import Records
 from tuneloom.store.usage_rollup import drop_old, roll_up
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,14 @@ class ControlLoop:
             logger.exception("%s failed", name)
 
 
+def outbox_loop(records: Records, settings: Settings) -> tuple[ControlLoop, Dispatcher]:
+    """What sends webhooks, in a thread of its own: no receiver and no backlog delays a job."""
+    vault, sender = (lambda: open_vault(settings)), Sender(settings.webhooks)
+    webhooks = Dispatcher(records, settings.webhooks, vault, sender, wake=lambda: loop.poke())
+    loop = ControlLoop([webhooks], webhooks.sweep, settings.webhooks.poll_s, name="outbox")
+    return loop, webhooks
+
+
 class Control:
     """One replica reconciles all jobs of an installation. A second one, during an update, does no harm."""
 
@@ -117,15 +126,7 @@ class Control:
         self._file_checker = ProcessChecker(tree.home, tree.control.check_timeout_s, variable=FILE_CHECK_VARIABLE)
         file_checks = FileChecks(self._store.records, self._file_checker)
         self._loop = ControlLoop([reconciler, file_checks], lambda: sweep(self._store), tree.control.tick_s)
-        self._webhooks = Dispatcher(
-            self._store.records,
-            tree.webhooks,
-            lambda: open_vault(tree),
-            Sender(tree.webhooks),
-            wake=lambda: outbox.poke(),
-        )
-        outbox = ControlLoop([self._webhooks], self._webhooks.sweep, tree.webhooks.poll_s, name="outbox")
-        self._outbox = outbox
+        self._outbox, self._webhooks = outbox_loop(self._store.records, tree)
 
         def roll_up_usage() -> None:
             now = time.time()

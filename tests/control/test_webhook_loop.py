@@ -1,0 +1,75 @@
+"""The outbox as control runs it: looked at as often as the settings say, at a poke, and after each delivery."""
+
+import time
+
+import pytest
+
+from tests.control.receivers import answers, hangs, receiver
+from tests.control.test_outbox import add_endpoint, rows
+from tests.control.test_webhook_dispatcher import wait_for
+from tuneloom.config import Settings, WebhookSettings
+from tuneloom.control import outbox
+from tuneloom.control.deployment import outbox_loop
+from tuneloom.control.webhook_secrets import new_secret, open_vault
+
+
+def settings(tmp_path, **options) -> Settings:
+    return Settings(home=tmp_path, webhooks=WebhookSettings(allow_private=True, **options))
+
+
+def happen(store, tree: Settings, url: str, times: int = 1) -> None:
+    if store.records.webhook_endpoints.find("we_1") is None:
+        add_endpoint(store)
+        stored = store.records.webhook_endpoints.get("we_1")
+        after = stored.value.model_copy(update={"url": url, "secret": open_vault(tree).seal(new_secret())})
+        store.records.commit(store.records.webhook_endpoints.replace(stored, after))
+    for _ in range(times):
+        writes = outbox.writes(store.records, "ada", "tuneloom.draft.completed", {"id": "draft_1"}, time.time())
+        store.records.commit(*writes)
+
+
+def states(store) -> list[str]:
+    return [row.state for row in rows(store)]
+
+
+@pytest.mark.parametrize("poll_s", [0.02, 3600.0])
+def test_it_looks_as_often_as_is_set_or_when_it_is_poked(store, tmp_path, poll_s):
+    tree = settings(tmp_path, poll_s=poll_s)
+    loop, webhooks = outbox_loop(store.records, tree)
+    with receiver() as seen:
+        loop.start()
+        time.sleep(0.1)  # the first look, at the start, has been
+        happen(store, tree, seen.url)
+        if poll_s > 60:
+            time.sleep(0.2)
+            assert states(store) == ["pending"]
+            loop.poke()
+        wait_for(lambda: states(store) == ["delivered"])
+        loop.stop()
+        assert webhooks.drain(20)
+
+
+def test_a_backlog_of_one_endpoint_is_sent_without_waiting_for_the_next_look(store, tmp_path):
+    tree = settings(tmp_path, poll_s=3600.0)
+    with receiver() as seen:
+        happen(store, tree, seen.url, times=5)
+        loop, webhooks = outbox_loop(store.records, tree)
+        loop.start()
+        wait_for(lambda: states(store) == ["delivered"] * 5)
+        loop.stop()
+        assert webhooks.drain(20)
+
+
+def test_more_of_one_endpoint_are_sent_at_once_if_that_is_set(store, tmp_path):
+    tree = settings(tmp_path, poll_s=0.02, max_sending_per_endpoint=3, max_sending_per_owner=2, timeout_s=5)
+    with receiver(hangs, hangs, answers(200)) as seen:
+        happen(store, tree, seen.url, times=3)
+        loop, webhooks = outbox_loop(store.records, tree)
+        loop.start()
+        wait_for(lambda: len(seen.seen) == 2)
+        time.sleep(0.2)
+        assert len(seen.seen) == 2, "the owner's share"
+        loop.check_health()
+        seen.over.set()
+        loop.stop()
+        assert webhooks.drain(20)
