@@ -5,7 +5,8 @@ import pytest
 from tests.control.conftest import BASE
 from tests.control.test_models import add_version
 from tuneloom.control import outbox
-from tuneloom.domain import Checkpoint
+from tuneloom.domain import Amounts, Checkpoint, Used
+from tuneloom.store.usage_writer import final_part
 
 JOBS = "/v1/fine_tuning/jobs"
 OURS = "/v1/tuneloom/models"
@@ -136,6 +137,19 @@ def test_lists_hold_only_what_is_the_callers(api, hers):
         assert api.get(path, key="ada:training,account").json()["data"] != []
     names = [model["id"] for model in api.get("/v1/models", key="bob:training").json()["data"]]
     assert names == [BASE, "gpt-4o-mini-2024-07-18"]
+
+
+def test_usage_holds_only_what_is_the_callers(api, hers):
+    used = Used(kind="inference", base=BASE, model="bot@v1", key_id="key_hers", job_id=hers["JOB"])
+    api.store.records.commit(final_part("ada", "x", 1.8e9, used, Amounts(requests=1, input_tokens=7)))
+    path = "/v1/tuneloom/usage?start_time=1799900000&end_time=1800100000&group_by=model"
+    assert b"bot@v1" in api.get(path, key="ada:account").content
+    theirs = api.get(path, key="bob:account").content
+    assert b"bot" not in theirs and b"results" in theirs
+    for name, value in (("models", "bot@v1"), ("api_key_ids", "key_hers"), ("job_ids", hers["JOB"])):
+        foreign = api.get(f"{path}&{name}={value}", key="bob:account")
+        assert foreign.status_code == 200
+        assert foreign.content == theirs == api.get(f"{path}&{name}=zzz", key="bob:account").content
 
 
 def test_the_same_name_of_two_owners_is_two_models(api, hers):

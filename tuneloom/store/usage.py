@@ -1,17 +1,22 @@
 """Reading what was used. Rows and open parts together are all of it, each token once."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from tuneloom.domain import Amounts, Record, UsagePart, Used, hour_of
+from tuneloom.errors import InvalidRequest
 from tuneloom.store.base import Range, Scalar
 from tuneloom.store.records import Records, Stored, Table
 
 T = TypeVar("T", bound=Record)
+G = TypeVar("G", bound=Hashable)
+R = TypeVar("R")
 
 CHUNK = 500
+# Of one answer.
+MAX_ROWS = 200_000
 # A part may be folded between two queries; then both are asked again.
 ATTEMPTS = 5
 # Sorts behind everything that an id may hold after the hour.
@@ -78,26 +83,46 @@ def read(records: Records, first: str, last: str, owner: str | None = None) -> l
 
     Lines that agree in hour and use are added up; in the order of hours.
     """
+    found = add_up(records, first, last, lambda hour, owner, used: (hour, owner, used), owner=owner)
+    order = sorted(found.items(), key=lambda item: item[0][0])
+    return [Usage(owner, hour, used, amounts) for (hour, owner, used), amounts in order]
+
+
+def add_up(
+    records: Records, first: str, last: str, group: Callable[[str, str, Used], G | None], *, owner: str | None = None
+) -> dict[G, Amounts]:
+    """The sums over the hours `first` to `last`, both included, of what `group(hour, owner, used)` puts together.
+
+    What it gives None for does not count. Reads row by row and keeps only the sums.
+
+    Raises:
+        InvalidRequest: these hours have too many rows for one answer.
+    """
     where: dict[str, Scalar] = {} if owner is None else {"owner": owner}
     bounds = Range(at_least=first, at_most=last + AFTER_HOUR)
 
-    def read_rows() -> dict[tuple[str, str, Used], Amounts]:
-        rows = _all(records.usage_rows, where, bounds)
-        return {(s.value.hour, s.value.owner, s.value.used): s.value.amounts for s in rows}
+    def put(sums: dict[G, Amounts], hour: str, owner: str, used: Used, amounts: Amounts) -> None:
+        key = group(hour, owner, used)
+        if key is not None:
+            sums[key] = sums[key] + amounts if key in sums else amounts
+
+    def read_rows() -> dict[G, Amounts]:
+        sums: dict[G, Amounts] = {}
+        for number, stored in enumerate(_all(records.usage_rows, where, bounds)):
+            if number >= MAX_ROWS:
+                raise InvalidRequest(
+                    f"There are more than {MAX_ROWS:,} rows of usage in this time. Ask for fewer buckets at once.",
+                    param="limit",
+                )
+            row = stored.value
+            put(sums, row.hour, row.owner, row.used, row.amounts)
+        return sums
 
     parts, found = _with_open_parts(records, where, bounds, read_rows)
     for part in parts:
         for line in part.lines:
-            at = (part.hour, part.owner, line.used)
-            found[at] = found[at] + line.amounts if at in found else line.amounts
-    return [Usage(owner, hour, used, amounts) for (hour, owner, used), amounts in sorted(found.items(), key=_hour)]
-
-
-def _hour(item: tuple[tuple[str, str, Used], Amounts]) -> str:
-    return item[0][0]
-
-
-R = TypeVar("R")
+            put(found, part.hour, part.owner, line.used, line.amounts)
+    return found
 
 
 def _with_open_parts(
