@@ -11,7 +11,7 @@ import typer.main
 import yaml
 
 from tuneloom.cli import app
-from tuneloom.config import BaseSettings, EngineSettings
+from tuneloom.config import BaseSettings, EngineSettings, WebhookSettings
 from tuneloom.domain import TrainOptions
 from tuneloom.serve.openai import IGNORED, REFUSED, Chat, Completion
 
@@ -57,6 +57,13 @@ def test_the_readmes_script_is_the_example():
     assert blocks("python") == [(ROOT / "examples" / "finetune.py").read_text(encoding="utf-8")]
 
 
+def test_the_webhook_pages_script_is_the_example():
+    """`tests/control/test_webhook_example.py` runs it."""
+    page = (ROOT / "docs" / "webhooks.md").read_text(encoding="utf-8")
+    scripts = [text for found, text in BLOCK.findall(page) if found == "python"]
+    assert scripts == [(ROOT / "examples" / "webhook.py").read_text(encoding="utf-8")]
+
+
 def test_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets
@@ -81,8 +88,8 @@ def test_examples_use_the_plain_client_and_nothing_of_ours(path: Path):
 
 
 def commands() -> list[str]:
-    """Every `tuneloom ...` of the README and the changelog, with `a|b` written out."""
-    text = README + (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    """Every `tuneloom ...` of the README, the changelog and the page of webhooks, with `a|b` written out."""
+    text = README + "".join((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "docs/webhooks.md"))
     found = re.findall(r"`(tuneloom [^`\n]+)`", text) + re.findall(r"^(tuneloom (?!/)[^#\n]+)", text, re.MULTILINE)
     found += re.findall(r"\$\(\S*?(tuneloom [^)]+)\)", text)
     return sorted({command.strip() for line in found for command in _written_out(line)})
@@ -137,6 +144,7 @@ def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
         ("engine.md", "The engine's options", EngineSettings),
         ("engine.md", "Replicas", BaseSettings),
         ("training.md", "Settings", TrainOptions),
+        ("webhooks.md", "Settings", WebhookSettings),
     ],
 )
 def test_a_page_lists_every_option_with_its_default(file, heading, settings):
