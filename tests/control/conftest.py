@@ -57,7 +57,7 @@ def add_job(
 
 
 class Api:
-    """The API of control as an app of its own: the key `ada:training,inference` is that owner with those scopes."""
+    """The API of control as an app of its own: the key `ada:training,inference:bot` is that owner, scopes, models."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
@@ -105,8 +105,14 @@ class StubAuth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            owner, _, scopes = Headers(scope=scope)["authorization"].removeprefix("Bearer ").partition(":")
-            principal = Principal(owner=owner, key_id="key_1", scopes=tuple(scopes.split(",")))
+            key = Headers(scope=scope)["authorization"].removeprefix("Bearer ")
+            owner, scopes, models = [*key.split(":"), "", ""][:3]
+            principal = Principal(
+                owner=owner,
+                key_id="key_1",
+                scopes=tuple(scopes.split(",")),
+                models=tuple(models.split(",")) if models else (),
+            )
             scope.setdefault("state", {})["principal"] = principal
         await self.app(scope, receive, send)
 

@@ -65,6 +65,7 @@ def reproduce(
 ) -> None:
     """Train an adapter again from its lineage, compare, and remove the copy. Exit code 1 if it differs."""
     from tuneloom.config import Pepper
+    from tuneloom.control import audit
     from tuneloom.control.context import ApiContext
     from tuneloom.control.new_job import NewJobs
 
@@ -77,7 +78,7 @@ def reproduce(
         _check_ingredients(settings, store, owner, lineage)
         jobs = NewJobs(ApiContext(settings, store, Pepper((b"",)), lambda: None))
         job, writes = jobs.draft(owner, _spec(lineage), lineage.base.id)
-        store.records.commit(*writes)
+        store.records.commit(*writes, audit.of_job(audit.cli_actor(), job, "created", {"reproduces": name}))
         typer.echo(f"Job {job.id} trains it again, as `{job.spec.suffix}`")
         with _ended(store, job.id, timeout * 3600) as version:
             again = _signed(store, version.adapter, version.pinned_name).lineage
@@ -317,7 +318,7 @@ def _wait(store: "Store", job_id: str, timeout_s: float) -> "Version":
 
 
 def _cancel(store: "Store", job_id: str) -> None:
-    from tuneloom.control import outbox
+    from tuneloom.control import audit, outbox
     from tuneloom.control.job_usage import job_over
     from tuneloom.control.jobs import Cancelled, apply
     from tuneloom.control.retry import retry
@@ -328,7 +329,8 @@ def _cancel(store: "Store", job_id: str) -> None:
             after = apply(stored.value, Cancelled(now))
             told = outbox.job_ended(store.records, stored.value, after, now)
             used = job_over(store.records, stored.value, after, now)
-            store.records.commit(store.records.jobs.replace(stored, after), *told, *used)
+            entry = audit.of_job(audit.cli_actor(), after, "cancelled")
+            store.records.commit(store.records.jobs.replace(stored, after), *told, *used, entry)
 
     retry(once)
 

@@ -13,7 +13,7 @@ from tuneloom.control.context import ApiContext, caller, in_thread
 from tuneloom.control.estimate import DOES_NOT_FIT, Estimator
 from tuneloom.control.job_body import CreateJob
 from tuneloom.control.new_job import NewJobs
-from tuneloom.domain import JobSpec
+from tuneloom.domain import JobSpec, Principal
 from tuneloom.errors import InvalidFile, InvalidRequest
 
 
@@ -29,19 +29,19 @@ class EstimateApi:
 
     async def estimate(self, request: Request) -> Response:
         """The estimate for the body of a job, or 202 while its files are read; the same call again then finds it."""
-        owner = caller(request, "training").owner
+        who = caller(request, "training")
         raw = await read_json(request, self._context.settings.gateway.max_body_bytes)
-        spec = await in_thread(self._spec, owner, raw)
-        check = await self._checks.find(owner, spec)
+        spec = await in_thread(self._spec, who, raw)
+        check = await self._checks.find(who.owner, spec)
         if check.status == "running":
             body = {"object": "estimate", "status": "running", "model": spec.base}
             return JSONResponse(body, status_code=202, headers={"Retry-After": str(RETRY_AFTER_S)})
         return JSONResponse(await in_thread(self._show, spec, CheckReport.model_validate(check.report)))
 
-    def _spec(self, owner: str, raw: bytes) -> JobSpec:
+    def _spec(self, who: Principal, raw: bytes) -> JobSpec:
         body = parse(CreateJob, raw)
-        spec = self._new.spec(owner, body)
-        self._new.files_of(owner, spec)
+        spec = self._new.spec(who, body)
+        self._new.files_of(who.owner, spec)
         # A seed by chance would make each call another question; so would what changes no estimate.
         return spec.model_copy(update={"seed": body.seed or 0, "suffix": None, "metadata": None, "wandb": ()})
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tuneloom.control import files, owner_limits, repeat
+from tuneloom.control import audit, files, owner_limits, repeat
 from tuneloom.control.body import Form, digest, identify, read_form
 from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
 from tuneloom.control.pages import read_page
@@ -116,7 +116,8 @@ class FilesApi:
 
     async def delete(self, request: Request) -> Response:
         owner, id = caller(request, "training").owner, request.path_params["id"]
-        await in_thread(retry, lambda: files.delete_file(self._store, owner, id))
+        actor = audit.actor_of(request)
+        await in_thread(retry, lambda: files.delete_file(self._store, owner, id, actor))
         return JSONResponse({"id": id, "object": "file", "deleted": True})
 
     async def content(self, request: Request) -> Response:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.control import jobs, outbox, owner_limits, repeat
+from tuneloom.control import audit, jobs, outbox, owner_limits, repeat
 from tuneloom.control.body import digest, identify, parse, read_json, retry_count
 from tuneloom.control.context import ApiContext, caller, in_thread, query_int
 from tuneloom.control.job_body import CreateJob
@@ -20,7 +20,7 @@ from tuneloom.control.new_job import NewJobs
 from tuneloom.control.pages import read_page
 from tuneloom.control.queue import is_waiting, read_places
 from tuneloom.control.retry import retry
-from tuneloom.domain import Job, JobState
+from tuneloom.domain import Job, JobState, Principal, model_name
 from tuneloom.errors import Conflict, NotFound, UnsupportedParameter
 from tuneloom.store.base import Write
 from tuneloom.store.records import Stored, Table
@@ -51,28 +51,29 @@ class JobsApi:
         ]
 
     async def create(self, request: Request) -> Response:
-        owner = caller(request, "training").owner
+        who = caller(request, "training")
         raw = await read_json(request, self._context.settings.gateway.max_body_bytes)
-        job = await in_thread(self._create, request, owner, raw)
+        job = await in_thread(self._create, request, who, raw)
         self._context.poke()
         return JSONResponse(await in_thread(self._show, job))
 
-    def _create(self, request: Request, owner: str, raw: bytes) -> Job:
-        body = parse(CreateJob, raw)
-        spec = self._new.spec(owner, body)
+    def _create(self, request: Request, who: Principal, raw: bytes) -> Job:
+        owner, body = who.owner, parse(CreateJob, raw)
+        spec = self._new.spec(who, body)
 
         def make() -> tuple[str, Job, list[Write]]:
             allowance = owner_limits.allowance_of(self._context.settings, self._records, caller(request))
             job, writes = self._new.draft(owner, spec, body.model, allowance.max_queued_jobs)
-            return job.id, job, writes
+            data = {"model": body.model, "training_file": spec.training_file, "method": spec.method}
+            return job.id, job, [*writes, audit.of_job(audit.actor_of(request), job, "created", data)]
 
         asked = identify(request, owner, digest(raw))
-        return repeat.create_once(self._records, asked, make, lambda id: self._get(owner, id).value)
+        return repeat.create_once(self._records, asked, make, lambda id: self._get(who, id).value)
 
     async def list_jobs(self, request: Request) -> Response:
-        return JSONResponse(await in_thread(self._list, request, caller(request, "training").owner))
+        return JSONResponse(await in_thread(self._list, request, caller(request, "training")))
 
-    def _list(self, request: Request, owner: str) -> dict[str, Any]:
+    def _list(self, request: Request, who: Principal) -> dict[str, Any]:
         wanted = {
             name.removeprefix("metadata[").removesuffix("]"): value
             for name, value in request.query_params.multi_items()
@@ -83,23 +84,24 @@ class JobsApi:
 
         def keep(job: Job) -> bool:
             metadata = job.spec.metadata or {}
-            return not (bare and metadata) and all(metadata.get(key) == value for key, value in wanted.items())
+            is_wanted = not (bare and metadata) and all(metadata.get(key) == value for key, value in wanted.items())
+            return is_wanted and who.may_use(model_name(job.spec, job.id))
 
         after = request.query_params.get("after")
         page = read_page(
             self._records.jobs,
-            {"owner": owner},
+            {"owner": who.owner},
             order_by="created_at",
             limit=query_int(request, "limit", 20, 1, 1000),
-            after=self._get(owner, after).value if after else None,
+            after=self._get(who, after).value if after else None,
             keep=keep,
         )
         places = self._places(page.items)
         return page.body(lambda job: show_job(job, places.get(job.id)))
 
     async def retrieve(self, request: Request) -> Response:
-        owner = caller(request, "training").owner
-        return JSONResponse(await in_thread(lambda: self._show(self._get(owner, request.path_params["id"]).value)))
+        who = caller(request, "training")
+        return JSONResponse(await in_thread(lambda: self._show(self._get(who, request.path_params["id"]).value)))
 
     async def cancel(self, request: Request) -> Response:
         return await self._intend(request, lambda: jobs.Cancelled(time.time()), "cancelled", ("cancelled",))
@@ -114,11 +116,11 @@ class JobsApi:
         self, request: Request, event: Callable[[], JobEvent], participle: str, done: tuple[JobState, ...]
     ) -> Response:
         """Apply what the owner wants of a job; a client's retry of what was done already finds it done."""
-        owner, id = caller(request, "training").owner, request.path_params["id"]
+        who, id = caller(request, "training"), request.path_params["id"]
         again = retry_count(request) > 0
 
         def once() -> Job:
-            stored = self._get(owner, id)
+            stored = self._get(who, id)
             try:
                 after = jobs.apply(stored.value, event())
             except Conflict:
@@ -128,9 +130,10 @@ class JobsApi:
             line = History(after).line(f"The job was {participle}")
             now = time.time()
             told = outbox.job_ended(self._records, stored.value, after, now)
+            entry = audit.of_job(audit.actor_of(request), after, participle)
             used = job_over(self._records, stored.value, after, now)
             self._records.commit(
-                self._records.jobs.replace(stored, after), self._records.events.create(line), *told, *used
+                self._records.jobs.replace(stored, after), self._records.events.create(line), *told, *used, entry
             )
             return after
 
@@ -139,28 +142,28 @@ class JobsApi:
         return JSONResponse(await in_thread(self._show, job))
 
     async def events(self, request: Request) -> Response:
-        owner = caller(request, "training").owner
+        who = caller(request, "training")
         limit = query_int(request, "limit", 20, 1, 1000)
-        show = await in_thread(self._page_of, request, owner, self._records.events, "id", limit, show_event)
+        show = await in_thread(self._page_of, request, who, self._records.events, "id", limit, show_event)
         return JSONResponse(show)
 
     async def checkpoints(self, request: Request) -> Response:
-        owner = caller(request, "training").owner
+        who = caller(request, "training")
         limit = query_int(request, "limit", 10, 1, 1000)
-        show = await in_thread(self._page_of, request, owner, self._records.checkpoints, "step", limit, show_checkpoint)
+        show = await in_thread(self._page_of, request, who, self._records.checkpoints, "step", limit, show_checkpoint)
         return JSONResponse(show)
 
     def _page_of(
         self,
         request: Request,
-        owner: str,
+        who: Principal,
         table: Table[Any],
         order_by: str,
         limit: int,
         show: Callable[[Any], dict[str, Any]],
     ) -> dict[str, Any]:
         """A page of what belongs to the job of the path, newest first."""
-        job = self._get(owner, request.path_params["id"]).value
+        job = self._get(who, request.path_params["id"]).value
         cursor = None
         if after := request.query_params.get("after"):
             stored = table.find(after)
@@ -184,8 +187,9 @@ class JobsApi:
             return {}
         return read_places(self._records, self._context.settings.train, time.time())
 
-    def _get(self, owner: str, id: str) -> Stored[Job]:
+    def _get(self, who: Principal, id: str) -> Stored[Job]:
         stored = self._records.jobs.find(id)
-        if stored is None or stored.value.owner != owner:
+        job = stored.value if stored else None
+        if stored is None or job is None or job.owner != who.owner or not who.may_use(model_name(job.spec, job.id)):
             raise NotFound(f"Could not find fine tune: {id[:200]}", param="id", code="fine_tune_not_found")
         return stored

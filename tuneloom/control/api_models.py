@@ -13,10 +13,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tuneloom.bases import catalogue, get_base
-from tuneloom.control import exports, models, repeat
+from tuneloom.control import audit, exports, models, repeat
 from tuneloom.control.body import Body, Form, digest, identify, parse, read_form, read_json
-from tuneloom.control.context import ApiContext, caller, in_thread
-from tuneloom.domain import AdapterRef, Model, Version, check_model_name, version_id
+from tuneloom.control.context import ApiContext, caller, check_may_use, in_thread
+from tuneloom.domain import Actor, AdapterRef, Model, Principal, Scope, Version, check_model_name, version_id
 from tuneloom.errors import InvalidRequest, MissingParameter, ModelNotFound, PermissionDenied, UnknownParameter
 from tuneloom.store.artifacts import ADAPTER_FILES
 from tuneloom.store.base import BlobNotFound, Write
@@ -52,13 +52,14 @@ class ModelsApi:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        return JSONResponse(await in_thread(self._list, caller(request).owner))
+        return JSONResponse(await in_thread(self._list, caller(request)))
 
-    def _list(self, owner: str) -> dict[str, Any]:
-        data = self._bases()
-        versions = {version.id: version for version in models.list_versions(self._records, owner)}
-        for model in models.list_models(self._records, owner):
-            active = versions.get(version_id(owner, model.name, model.active or 0))
+    def _list(self, who: Principal) -> dict[str, Any]:
+        data = [base for base in self._bases() if who.may_use(base["root"])]
+        found = models.list_versions(self._records, who.owner)
+        versions = {version.id: version for version in found if who.may_use(version.model)}
+        for model in models.list_models(self._records, who.owner):
+            active = versions.get(version_id(who.owner, model.name, model.active or 0))
             if active is not None:
                 data.append(show_version(active, model.name))
         for version in versions.values():
@@ -85,55 +86,62 @@ class ModelsApi:
         ]
 
     async def retrieve(self, request: Request) -> Response:
-        return JSONResponse(await in_thread(self._retrieve, caller(request).owner, request.path_params["name"]))
+        return JSONResponse(await in_thread(self._retrieve, caller(request), request.path_params["name"]))
 
-    def _retrieve(self, owner: str, name: str) -> dict[str, Any]:
+    def _retrieve(self, who: Principal, name: str) -> dict[str, Any]:
         for base in self._bases():
             if base["id"] == name:
+                check_may_use(who, base["root"], name)
                 return base
-        found = self._find(owner, name)
+        found = self._find(who, name)
         if found.checkpoint is not None:
             checkpoint = found.checkpoint.value
-            return _show(name, owner, checkpoint.base, checkpoint.created_at, checkpoint.adapter)
+            return _show(name, who.owner, checkpoint.base, checkpoint.created_at, checkpoint.adapter)
         if found.version is None:
             raise ModelNotFound.named(name)
         return show_version(found.version.value, name)
 
     async def delete(self, request: Request) -> Response:
-        owner, name = caller(request, "training").owner, request.path_params["name"]
-        if self._context.find_base(name) is not None:
+        who, name = caller(request, "training"), request.path_params["name"]
+        if (base := self._context.find_base_id(name)) is not None:
+            check_may_use(who, base, name)
             raise PermissionDenied(
                 f"`{name}` is a base model and cannot be deleted through the API. "
                 "The bases are set in the configuration of the installation.",
                 param="model",
             )
-        await in_thread(models.delete, self._store, owner, name)
+        await in_thread(self._delete, who, name, audit.actor_of(request))
         return JSONResponse({"id": name, "object": "model", "deleted": True})
 
+    def _delete(self, who: Principal, name: str, actor: Actor) -> None:
+        self._find(who, name)
+        models.delete(self._store, who.owner, name, actor)
+
     async def list_versions(self, request: Request) -> Response:
-        owner = caller(request).owner
+        who = caller(request)
 
         def read() -> list[dict[str, Any]]:
-            versions = models.list_versions(self._records, owner)
+            versions = models.list_versions(self._records, who.owner)
             return [
                 show_model(model, [version for version in versions if version.model == model.name])
-                for model in models.list_models(self._records, owner)
+                for model in models.list_models(self._records, who.owner)
+                if who.may_use(model.name)
             ]
 
         return JSONResponse({"object": "list", "data": await in_thread(read)})
 
     async def retrieve_versions(self, request: Request) -> Response:
-        owner, name = caller(request).owner, request.path_params["name"]
+        owner, name = _bare(request)
         return JSONResponse(await in_thread(self._show, owner, name))
 
     async def activate(self, request: Request) -> Response:
-        owner, name = caller(request, "training").owner, request.path_params["name"]
+        owner, name = _bare(request, "training")
         body = parse(Activate, await read_json(request, self._context.settings.gateway.max_body_bytes))
-        await in_thread(models.activate, self._records, owner, name, body.version)
+        await in_thread(models.activate, self._records, owner, name, body.version, audit.actor_of(request))
         return JSONResponse(await in_thread(self._show, owner, name))
 
     async def rollback(self, request: Request) -> Response:
-        owner, name = caller(request, "training").owner, request.path_params["name"]
+        owner, name = _bare(request, "training")
         await in_thread(self._rollback, request, owner, name)
         return JSONResponse(await in_thread(self._show, owner, name))
 
@@ -141,20 +149,21 @@ class ModelsApi:
         """Not a create, but as unsafe to repeat as one: a retry must not go back twice."""
 
         def make() -> tuple[str, None, list[Write]]:
-            model, writes = models.draft_rollback(self._records, owner, name)
+            model, writes = models.draft_rollback(self._records, owner, name, audit.actor_of(request))
             return model.id, None, writes
 
         repeat.create_once(self._records, identify(request, owner, digest(name)), make, lambda _: None)
 
     async def import_adapter(self, request: Request) -> Response:
-        owner = caller(request, "training").owner
+        who = caller(request, "training")
         limit = self._context.settings.gateway.max_file_bytes
         async with read_form(request, limit, max_files=len(ADAPTER_FILES)) as form:
-            version = await in_thread(self._import, request, owner, form)
+            version = await in_thread(self._import, request, who, form)
         return JSONResponse({**show_version(version, version.pinned_name), "version": version.number})
 
-    def _import(self, request: Request, owner: str, form: Form) -> Version:
-        name = check_model_name(form.field("name"), param="name")
+    def _import(self, request: Request, who: Principal, form: Form) -> Version:
+        owner, name = who.owner, check_model_name(form.field("name"), param="name")
+        check_may_use(who, name, name, param="name")
         self._context.check_free_name(name, param="name")
         for field in form.fields:
             if field not in ("name", "base"):
@@ -163,7 +172,8 @@ class ModelsApi:
             hashes = _unpack(form, Path(folder))
             settings = self._context.get_base(form.fields.get("base") or _base_named_in(Path(folder)), param="base")
             base = get_base(self._context.bases_dir, settings.id)
-            add = models.draft_import(self._store, owner, base, name, Path(folder), max_rank=settings.engine.max_rank)
+            rank, actor = settings.engine.max_rank, audit.actor_of(request)
+            add = models.draft_import(self._store, owner, base, name, Path(folder), max_rank=rank, actor=actor)
 
         def make() -> tuple[str, Version, tuple[Write, ...]]:
             addition = add()
@@ -174,8 +184,8 @@ class ModelsApi:
 
     async def download(self, request: Request) -> Response:
         """The adapter as a zip of a plain PEFT folder."""
-        owner, name = caller(request).owner, request.path_params["name"]
-        archive = await in_thread(self._pack, owner, name)
+        who, name = caller(request), request.path_params["name"]
+        archive = await in_thread(self._pack, who, name)
         size = archive.stat().st_size
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -190,8 +200,8 @@ class ModelsApi:
         headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{filename}.zip"'}
         return StreamingResponse(chunks(), media_type="application/zip", headers=headers)
 
-    def _pack(self, owner: str, name: str) -> Path:
-        found = self._find(owner, name)
+    def _pack(self, who: Principal, name: str) -> Path:
+        found = self._find(who, name)
         holder = found.version or found.checkpoint
         if holder is None:
             raise ModelNotFound.named(name)
@@ -208,10 +218,12 @@ class ModelsApi:
             shutil.rmtree(work, ignore_errors=True)
             raise
 
-    def _find(self, owner: str, name: str) -> Named:
-        found = find_named(self._records, owner, name)
+    def _find(self, who: Principal, name: str) -> Named:
+        """What a name stands for, if it is the caller's and for their key."""
+        found = find_named(self._records, who.owner, name)
         if found is None:
             raise ModelNotFound.named(name)
+        check_may_use(who, found.model_name, name)
         return found
 
     def _show(self, owner: str, name: str) -> dict[str, Any]:
@@ -221,6 +233,13 @@ class ModelsApi:
         for row, version in zip(shown["versions"], versions, strict=True):
             row["lineage"] = exports.has_lineage(self._store.blobs, version.adapter)
         return shown
+
+
+def _bare(request: Request, *scopes: Scope) -> tuple[str, str]:
+    """Owner and name of the Model in the path, if it is one that the caller's key is for."""
+    who, name = caller(request, *scopes), request.path_params["name"]
+    check_may_use(who, name, name)
+    return who.owner, name
 
 
 def show_version(version: Version, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.requests import Request
 
-from tuneloom.domain import Actor, AuditEntry, AuditTarget, Principal
+from tuneloom.domain import Actor, AuditEntry, AuditTarget, Job, Principal, model_name
 from tuneloom.store.base import Create
 
 
@@ -33,6 +33,12 @@ def entry(actor: Actor, action: str, target: AuditTarget, data: Mapping[str, Any
         data=dict(data or {}),
     )
     return Create(AuditEntry.collection, made.id, made.model_dump(mode="json"))
+
+
+def of_job(actor: Actor, job: Job, participle: str, data: Mapping[str, Any] | None = None) -> Create:
+    """The write that records what was done to a job."""
+    target = AuditTarget(owner=job.owner, type="fine_tuning.job", id=job.id, name=model_name(job.spec, job.id))
+    return entry(actor, f"fine_tuning.job.{participle}", target, data)
 
 
 def actor_of(request: Request) -> Actor:

@@ -69,6 +69,14 @@ def caller(request: Request, *scopes: Scope) -> Principal:
     return principal
 
 
+def check_may_use(principal: Principal, model: str | None, name: str, *, param: str = "model") -> None:
+    """Refuse what a key is not for as if there were no such thing. `name` is how it was asked for."""
+    if not principal.may_use(model):
+        error = ModelNotFound.named(name)
+        error.param = param
+        raise error
+
+
 def query_int(request: Request, name: str, default: int, low: int, high: int) -> int:
     text = request.query_params.get(name)
     if text is None:

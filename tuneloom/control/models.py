@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneloom.bases import Base, linear_shapes
-from tuneloom.control import outbox
+from tuneloom.control import audit, outbox
 from tuneloom.control.jobs import UNFINISHED
 from tuneloom.control.retry import retry
 from tuneloom.domain import (
     TERMINAL,
+    Actor,
     AdapterRef,
+    AuditTarget,
     Checkpoint,
     Fidelity,
     Job,
@@ -153,22 +155,24 @@ def register(records: Records, job: Job, manifest: Manifest, at: float) -> Addit
     return Addition(addition.version, (*addition.writes, records.registrations.create(row)))
 
 
-def activate(records: Records, owner: str, name: str, number: int) -> Model:
+def activate(records: Records, owner: str, name: str, number: int, actor: Actor | None = None) -> Model:
     """Make Version `number` the one that the bare name calls.
+
+    Without an `actor` it is who runs this process, here as in all that follows.
 
     Raises:
         ModelNotFound: no such Model, or it has no such Version.
     """
 
     def once() -> Model:
-        model, writes = _draft_activation(records, owner, name, number)
+        model, writes = _draft_activation(records, owner, name, number, "activated", actor)
         records.commit(*writes)
         return model
 
     return retry(once)
 
 
-def rollback(records: Records, owner: str, name: str) -> Model:
+def rollback(records: Records, owner: str, name: str, actor: Actor | None = None) -> Model:
     """Activate the highest Version below the active one.
 
     Raises:
@@ -176,23 +180,23 @@ def rollback(records: Records, owner: str, name: str) -> Model:
     """
 
     def once() -> Model:
-        model, writes = draft_rollback(records, owner, name)
+        model, writes = draft_rollback(records, owner, name, actor)
         records.commit(*writes)
         return model
 
     return retry(once)
 
 
-def draft_rollback(records: Records, owner: str, name: str) -> tuple[Model, list[Write]]:
+def draft_rollback(records: Records, owner: str, name: str, actor: Actor | None = None) -> tuple[Model, list[Write]]:
     """The Model one Version back, and the writes that make it so."""
     active = get_model(records, owner, name).value.active or 0
     lower = [version.number for version in list_versions(records, owner, name) if version.number < active]
     if not lower:
         raise Conflict(f"The model `{name}` has no version before the active one.", code="no_earlier_version")
-    return _draft_activation(records, owner, name, max(lower))
+    return _draft_activation(records, owner, name, max(lower), "rolled_back", actor)
 
 
-def delete(store: Store, owner: str, name: str) -> None:
+def delete(store: Store, owner: str, name: str, actor: Actor | None = None) -> None:
     """Delete what a name stands for: a Model with all Versions, one Version, or one checkpoint of a finished job.
 
     A Version takes the checkpoints of its job with it. When the active one goes, the highest that is left is active.
@@ -203,7 +207,7 @@ def delete(store: Store, owner: str, name: str) -> None:
     """
     # Outside the retried function: a pass that conflicts late has deleted some already.
     prefixes: list[str] = []
-    retry(lambda: _delete_records(store.records, owner, name, prefixes))
+    retry(lambda: _delete_records(store.records, owner, name, prefixes, actor or audit.cli_actor()))
     for prefix in prefixes:
         drop_adapter(store, prefix)
 
@@ -217,13 +221,15 @@ def drop_adapter(store: Store, prefix: str) -> None:
         store.blobs.delete(blob.key)
 
 
-def import_adapter(store: Store, owner: str, base: Base, name: str, folder: Path, *, max_rank: int) -> Version:
+def import_adapter(
+    store: Store, owner: str, base: Base, name: str, folder: Path, *, max_rank: int, actor: Actor | None = None
+) -> Version:
     """Add an adapter that was trained elsewhere as the next Version of `name`.
 
     Raises:
         AdapterRejected: the folder is not a LoRA adapter that fits `base`; the message says why.
     """
-    addition = draft_import(store, owner, base, name, folder, max_rank=max_rank)
+    addition = draft_import(store, owner, base, name, folder, max_rank=max_rank, actor=actor)
 
     def once() -> Version:
         again = addition()
@@ -244,6 +250,7 @@ def draft_import(
     metrics: dict[str, float] | None = None,
     wanted_number: int = 0,
     activate: bool = False,
+    actor: Actor | None = None,
 ) -> Callable[[], Addition]:
     """Check and upload an adapter; the result makes the writes that add it, anew at each call."""
     check_model_name(name, param="name")
@@ -253,48 +260,61 @@ def draft_import(
         check_same_base(existing.value, base.id, param="name")
     unique = new_id("import-")
     adapter = put_adapter(store.blobs, f"imports/{unique}", folder)
-    return lambda: add_version(
-        store.records,
-        owner=owner,
-        name=name,
-        base=base.id,
-        adapter=adapter,
-        unique=short_id(unique),
-        suffix=name,
-        at=time.time(),
-        metrics=metrics,
-        wanted_number=wanted_number,
-        activate=activate,
-    )
+
+    def add() -> Addition:
+        addition = add_version(
+            store.records,
+            owner=owner,
+            name=name,
+            base=base.id,
+            adapter=adapter,
+            unique=short_id(unique),
+            suffix=name,
+            at=time.time(),
+            metrics=metrics,
+            wanted_number=wanted_number,
+            activate=activate,
+        )
+        data = {"base": base.id, "sha256": adapter.sha256}
+        entry = audit.entry(actor or audit.cli_actor(), "model.imported", _target(addition.version), data)
+        return Addition(addition.version, (*addition.writes, entry))
+
+    return add
 
 
-def _draft_activation(records: Records, owner: str, name: str, number: int) -> tuple[Model, list[Write]]:
+def _draft_activation(
+    records: Records, owner: str, name: str, number: int, participle: str, actor: Actor | None
+) -> tuple[Model, list[Write]]:
     stored = get_model(records, owner, name)
     version = records.versions.find(version_id(owner, name, number))
     if version is None:
         raise ModelNotFound.named(f"{name}@v{number}")
     model = stored.value.model_copy(update={"active": number})
     told = outbox.version_activated(records, owner, name, number, stored.value.active, time.time())
+    moved = {"active": {"from": stored.value.active, "to": number}}
+    action = f"model.version.{participle}"
+    entry = audit.entry(actor or audit.cli_actor(), action, _target(version.value), moved)
     # The Version is written too, unchanged: deleting it at the same moment then conflicts.
-    return model, [records.models.replace(stored, model), records.versions.replace(version, version.value), *told]
+    kept = records.versions.replace(version, version.value)
+    return model, [records.models.replace(stored, model), kept, *told, entry]
 
 
-def _delete_records(records: Records, owner: str, name: str, prefixes: list[str]) -> None:
+def _delete_records(records: Records, owner: str, name: str, prefixes: list[str], actor: Actor) -> None:
     """Delete the records that `name` stands for, adding the blob prefixes that they named to `prefixes`."""
     found = find_named(records, owner, name)
     if found is None:
         raise ModelNotFound.named(name)
     if found.checkpoint is not None:
-        _delete_checkpoint(records, found.checkpoint, prefixes)
+        _delete_checkpoint(records, found.checkpoint, prefixes, actor)
     elif found.is_bare:
         assert found.model is not None
-        _delete_model(records, found.model, prefixes)
+        _delete_model(records, found.model, prefixes, actor)
     else:
         assert found.version is not None
-        _delete_version(records, found.version, prefixes)
+        _delete_version(records, found.version, prefixes, actor)
 
 
-def _delete_model(records: Records, model: Stored[Model], prefixes: list[str]) -> None:
+def _delete_model(records: Records, model: Stored[Model], prefixes: list[str], actor: Actor) -> None:
     """Delete a Model with all Versions: in one commit, unless it has hundreds."""
     versions = records.versions.query({"owner": model.value.owner, "model": model.value.name})
     _check_unused(records, model.value.owner, {version.value.adapter.uri for version in versions})
@@ -304,16 +324,16 @@ def _delete_model(records: Records, model: Stored[Model], prefixes: list[str]) -
         checkpoints = _checkpoints_of(records, version.value)
         more = [records.versions.delete(version), *(records.checkpoints.delete(c) for c in checkpoints)]
         if len(writes) + len(more) > MAX_DELETED:
-            records.commit(*writes)
+            records.commit(*writes, _deletion(model.value, len(uris), actor, is_whole=False))
             prefixes += uris
             writes, uris = [], []
         writes += more
         uris += [version.value.adapter.uri, *(c.value.adapter.uri for c in checkpoints)]
-    records.commit(*writes, records.models.delete(model))
+    records.commit(*writes, records.models.delete(model), _deletion(model.value, len(uris), actor, is_whole=True))
     prefixes += uris
 
 
-def _delete_version(records: Records, version: Stored[Version], prefixes: list[str]) -> None:
+def _delete_version(records: Records, version: Stored[Version], prefixes: list[str], actor: Actor) -> None:
     gone = version.value
     checkpoints = _checkpoints_of(records, gone)
     _check_unused(records, gone.owner, {gone.adapter.uri, *(c.value.adapter.uri for c in checkpoints)})
@@ -329,7 +349,8 @@ def _delete_version(records: Records, version: Stored[Version], prefixes: list[s
         if heir is not None:
             before = model.value.active
             writes += outbox.version_activated(records, gone.owner, gone.model, heir, before, time.time())
-    records.commit(*writes)
+    entry = audit.entry(actor, "model.version.deleted", _target(gone), {"adapters": 1 + len(checkpoints)})
+    records.commit(*writes, entry)
     prefixes += [gone.adapter.uri, *(c.value.adapter.uri for c in checkpoints)]
 
 
@@ -352,7 +373,7 @@ def _checkpoints_of(records: Records, version: Version) -> list[Stored[Checkpoin
     return records.checkpoints.query({"owner": version.owner, "job_id": version.job_id}, limit=MAX_DELETED - 2)
 
 
-def _delete_checkpoint(records: Records, checkpoint: Stored[Checkpoint], prefixes: list[str]) -> None:
+def _delete_checkpoint(records: Records, checkpoint: Stored[Checkpoint], prefixes: list[str], actor: Actor) -> None:
     job = records.jobs.find(checkpoint.value.job_id)
     if job is not None and job.value.state not in TERMINAL:
         raise Conflict(
@@ -360,5 +381,17 @@ def _delete_checkpoint(records: Records, checkpoint: Stored[Checkpoint], prefixe
             code=job.value.state,
         )
     _check_unused(records, checkpoint.value.owner, {checkpoint.value.adapter.uri})
-    records.commit(records.checkpoints.delete(checkpoint))
+    gone = checkpoint.value
+    target = AuditTarget(owner=gone.owner, type="checkpoint", id=gone.id, name=gone.name)
+    records.commit(records.checkpoints.delete(checkpoint), audit.entry(actor, "checkpoint.deleted", target))
     prefixes.append(checkpoint.value.adapter.uri)
+
+
+def _target(version: Version) -> AuditTarget:
+    return AuditTarget(owner=version.owner, type="model.version", id=version.id, name=version.pinned_name)
+
+
+def _deletion(model: Model, adapters: int, actor: Actor, *, is_whole: bool) -> Write:
+    """The entry of one of the commits in which a Model goes; the last one takes the Model itself."""
+    target = AuditTarget(owner=model.owner, type="model", id=model.id, name=model.name)
+    return audit.entry(actor, "model.deleted", target, {"adapters": adapters, "whole": is_whole})

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 
 from tuneloom.control import files, models
-from tuneloom.control.context import ApiContext
+from tuneloom.control.context import ApiContext, check_may_use
 from tuneloom.control.integrations import wandb_of
 from tuneloom.control.job_body import CreateJob, check_supported, hyperparameters_of, method_of
 from tuneloom.control.jobs import History
@@ -14,6 +14,7 @@ from tuneloom.domain import (
     File,
     Job,
     JobSpec,
+    Principal,
     TrainOptions,
     Version,
     check_model_name,
@@ -43,21 +44,22 @@ class NewJobs:
         self._context = context
         self._records = context.store.records
 
-    def spec(self, owner: str, body: CreateJob) -> JobSpec:
+    def spec(self, who: Principal, body: CreateJob) -> JobSpec:
         """What is asked for. Raises InvalidRequest or ModelNotFound, naming the field."""
         check_supported(body)
-        origin = self._origin(owner, body.model)
+        owner = who.owner
+        origin = self._origin(who, body.model)
         options = self._options(owner, body, origin)
         spec = JobSpec(
             base=origin.base,
             training_file=body.training_file,
             validation_file=body.validation_file or None,
-            suffix=self._suffix(body.suffix),
+            suffix=self._suffix(who, body.suffix),
             seed=random.SystemRandom().randrange(2**31) if body.seed is None else body.seed,
             method=method_of(body),
             hyperparameters=hyperparameters_of(body),
             options=options,
-            warm_start=find_start(self._records, owner, options.warm_start, origin.base)
+            warm_start=find_start(self._records, owner, options.warm_start, origin.base, who.may_use)
             if options.warm_start
             else None,
             wandb=wandb_of(body.integrations),
@@ -111,13 +113,14 @@ class NewJobs:
             writes.append(self._records.checkpoints.replace(found.checkpoint, found.checkpoint.value))
         return writes
 
-    def _origin(self, owner: str, name: str) -> _Origin:
+    def _origin(self, who: Principal, name: str) -> _Origin:
         """A base by id or alias, or what of the owner's `name` stands for, with its base."""
         base = self._context.find_base(name)
         if base is not None:
             return _Origin(base.id, base.engine.max_rank)
-        start = _adapter_of(find_named(self._records, owner, name))
-        if start is None:
+        found = find_named(self._records, who.owner, name)
+        start = _adapter_of(found)
+        if found is None or start is None or not who.may_use(found.model_name):
             raise ModelNotFound.named(name[:512])
         base = self._context.find_base(start.value.base)
         if base is None:
@@ -142,9 +145,13 @@ class NewJobs:
             )
         return options.model_copy(update={"warm_start": _pinned_name(origin.start.value)})
 
-    def _suffix(self, suffix: str | None) -> str | None:
+    def _suffix(self, who: Principal, suffix: str | None) -> str | None:
+        """The Model to make. A key that is for some Models trains those, on any base."""
         if suffix is None:
+            if who.models:
+                raise InvalidRequest("This key is for some models only: name one of them as `suffix`.", param="suffix")
             return None
+        check_may_use(who, suffix, suffix, param="suffix")
         self._context.check_free_name(check_model_name(suffix), param="suffix")
         return suffix
 

@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tuneloom.config import BaseSettings
-from tuneloom.control.api import ApiContext
-from tuneloom.domain import AdapterPin, AdapterRef, Principal
+from tuneloom.control.api import ApiContext, audit
+from tuneloom.domain import Actor, AdapterPin, AdapterRef, AuditTarget, Principal
 from tuneloom.engine.base import AdapterState, EngineStats, TierStats
 from tuneloom.errors import (
     Conflict,
@@ -31,7 +31,7 @@ from tuneloom.errors import (
 from tuneloom.serve.body import parse_object
 from tuneloom.serve.pins import read_pins
 from tuneloom.serve.upstream import Bases
-from tuneloom.store.base import Delete, StoreConflict, field_path
+from tuneloom.store.base import Delete, StoreConflict, Write, field_path
 from tuneloom.store.names import find_named
 
 LOOK_TIMEOUT_S = 10.0
@@ -109,16 +109,17 @@ class BasesApi:
 
     async def prewarm(self, request: Request) -> Response:
         base, subject = await self._subject(request)
+        await self._note(request, base, subject, "prewarmed")
         return await self._act(base, "prewarm", subject, subject.ref)
 
     async def pin(self, request: Request) -> Response:
         base, subject = await self._subject(request)
-        await anyio.to_thread.run_sync(self._keep_pin, base, subject)
+        await anyio.to_thread.run_sync(self._keep_pin, base, subject, audit.actor_of(request))
         return await self._act(base, "pin", subject, subject.ref, True)
 
     async def unpin(self, request: Request) -> Response:
         base, subject = await self._subject(request, may_be_gone=True)
-        pin = await anyio.to_thread.run_sync(self._drop_pin, base, subject)
+        pin = await anyio.to_thread.run_sync(self._drop_pin, base, subject, audit.actor_of(request))
         return await self._act(base, "unpin", subject, pin.adapter, False, method="pin")
 
     async def unload(self, request: Request) -> Response:
@@ -126,7 +127,13 @@ class BasesApi:
         pins = await anyio.to_thread.run_sync(read_pins, self._records, base.id)
         if subject.sha256 in pins:
             raise Conflict(f"`{pins[subject.sha256].name}` is pinned. Unpin it first.")
+        await self._note(request, base, subject, "unloaded")
         return await self._act(base, "unload", subject, subject.sha256)
+
+    async def _note(self, request: Request, base: BaseSettings, subject: _Subject, participle: str) -> None:
+        """What changes nothing in the store is written down before it is done."""
+        entry = _entry(audit.actor_of(request), base, subject, participle)
+        await anyio.to_thread.run_sync(self._records.commit, entry)
 
     async def _act(
         self, base: BaseSettings, action: str, subject: _Subject, *arguments: object, method: str | None = None
@@ -195,7 +202,7 @@ class BasesApi:
             raise InvalidRequest(f"`{name}` is a model of the base `{holder.value.base}`.", param="model")
         return _Subject(name, owner, holder.value.adapter.sha256, holder.value.adapter)
 
-    def _keep_pin(self, base: BaseSettings, subject: _Subject) -> None:
+    def _keep_pin(self, base: BaseSettings, subject: _Subject, actor: Actor) -> None:
         assert subject.ref is not None
         pins = read_pins(self._records, base.id)
         if subject.sha256 in pins:
@@ -214,17 +221,19 @@ class BasesApi:
             created_at=time.time(),
         )
         try:
-            self._records.commit(self._records.adapter_pins.create(pin))
+            entry = _entry(actor, base, subject, "pinned")
+            self._records.commit(self._records.adapter_pins.create(pin), entry)
         except StoreConflict:
             # Another operator was at the same.
             return
 
-    def _drop_pin(self, base: BaseSettings, subject: _Subject) -> AdapterPin:
+    def _drop_pin(self, base: BaseSettings, subject: _Subject, actor: Actor) -> AdapterPin:
         pin = read_pins(self._records, base.id).get(subject.sha256)
         if pin is None:
             raise NotFound(f"`{subject.name}` is not pinned.", param="model")
         try:
-            self._records.commit(Delete(AdapterPin.collection, pin.id))
+            entry = _entry(actor, base, subject, "unpinned")
+            self._records.commit(Delete(AdapterPin.collection, pin.id), entry)
         except StoreConflict:
             # Another operator was at the same.
             return pin
@@ -285,6 +294,11 @@ def show_outcome(replica: str, answer: object) -> dict[str, Any]:
     if isinstance(answer, TuneloomError):
         return {"id": replica, "status": "error", **answer.body()}
     return {"id": replica, "status": "ok"}
+
+
+def _entry(actor: Actor, base: BaseSettings, subject: _Subject, participle: str) -> Write:
+    target = AuditTarget(owner=subject.owner, type="base.adapter", id=subject.sha256, name=subject.name)
+    return audit.entry(actor, f"base.adapter.{participle}", target, {"base": base.id})
 
 
 def _admin(request: Request) -> Principal:

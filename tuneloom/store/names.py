@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tuneloom.domain import AdapterRef, Checkpoint, Model, Version, model_id, version_id
@@ -57,14 +58,16 @@ def find_named(records: Records, owner: str, name: str) -> Named | None:
     return _bare(records, owner, name)
 
 
-def find_start(records: Records, owner: str, name: str, base: str) -> AdapterRef:
-    """The adapter of a Version or checkpoint, for a job on `base` to train on.
+def find_start(
+    records: Records, owner: str, name: str, base: str, may_use: Callable[[str | None], bool] = lambda model: True
+) -> AdapterRef:
+    """The adapter of a Version or checkpoint, for a job on `base` to train on. `may_use` is asked for its Model.
 
     Raises:
         InvalidRequest: the owner has none of that name, or it is on another base.
     """
     param, found = "tuneloom.warm_start", find_named(records, owner, name)
-    start = (found.version or found.checkpoint) if found else None
+    start = (found.version or found.checkpoint) if found and may_use(found.model_name) else None
     if start is None:
         raise InvalidRequest(f"`{param}`: there is no version or checkpoint `{name[:200]}`.", param=param)
     if start.value.base != base:
