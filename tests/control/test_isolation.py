@@ -3,6 +3,7 @@
 import pytest
 
 from tests.control.conftest import BASE
+from tests.control.drafting.test_api import new_draft
 from tests.control.test_models import add_version
 from tuneloom.control import outbox
 from tuneloom.domain import Amounts, Checkpoint, Used
@@ -10,6 +11,7 @@ from tuneloom.store.usage_writer import final_part
 
 JOBS = "/v1/fine_tuning/jobs"
 OURS = "/v1/tuneloom/models"
+DRAFTS = "/v1/tuneloom/drafts"
 HOOKS = "/v1/tuneloom/webhooks"
 OPENAI_HOOKS = "/v1/webhook_endpoints"
 PART = {"files": {"data": ("part", b"x")}}
@@ -36,7 +38,9 @@ def hers(api) -> dict[str, str]:
     delivery = outbox.delivery(api.store.records.webhook_endpoints.get(endpoint).value, "x", {"id": "x"}, 1.0)
     api.store.records.commit(api.store.records.webhook_deliveries.create(delivery))
     upload = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 1, "mime_type": "x"}
+    draft = new_draft(api.store)
     return {
+        "DRAFT": draft.id,
         "FILE": job["training_file"],
         "JOB": job["id"],
         "UPLOAD": api.post("/v1/uploads", json=upload).json()["id"],
@@ -61,6 +65,11 @@ def hers(api) -> dict[str, str]:
         ("GET", "/v1/tuneloom/files/FILE/rows", {}),
         ("GET", "/v1/tuneloom/files/FILE/export?format=csv", {}),
         ("POST", "/v1/tuneloom/files/FILE/edit", {"json": {"operations": [{"op": "delete", "rows": [1]}]}}),
+        ("GET", f"{DRAFTS}/DRAFT", {}),
+        ("GET", f"{DRAFTS}/DRAFT/rows", {}),
+        ("GET", f"{DRAFTS}?after=DRAFT", {}),
+        ("POST", f"{DRAFTS}/DRAFT/cancel", {}),
+        ("POST", DRAFTS, {"json": {"description": "x", "format": "text", "rows": 10, "seed_file": "FILE"}}),
         ("GET", "/v1/files?after=FILE", {}),
         ("POST", "/v1/uploads/UPLOAD/parts", PART),
         ("POST", "/v1/uploads/UPLOAD/complete", {"json": {"part_ids": ["x"]}}),

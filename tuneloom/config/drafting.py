@@ -21,9 +21,8 @@ class DraftProviderSettings(Section):
     retry_delay_s: float = Field(1.0, gt=0, description="before the second attempt; it doubles")
     max_output_tokens: int = Field(8192, ge=64, description="longest reply that is asked for")
     thinking_budget: int | None = Field(None, ge=0, description="`gemini`: tokens of thinking; None: the model's own")
-    input_price: float | None = Field(None, ge=0, description="of a million tokens; both or none")
+    input_price: float | None = Field(None, ge=0, description="of a million tokens, in `train.currency`; both or none")
     output_price: float | None = Field(None, ge=0)
-    currency: str = Field("USD", pattern="^[A-Z]{3}$")
 
     @model_validator(mode="after")
     def _agree(self) -> "DraftProviderSettings":

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from tuneloom.config import Settings
 from tuneloom.control.check import FILE_CHECK_VARIABLE, ProcessChecker
+from tuneloom.control.drafting.reconcile import Drafts
+from tuneloom.control.drafting.tasks import RayTasks
 from tuneloom.control.file_checks import FileChecks
 from tuneloom.control.launcher import RayJobsLauncher, ray_jobs_client, ray_room
 from tuneloom.control.reconcile import Reconciler
@@ -125,7 +127,8 @@ class Control:
         reconciler = Reconciler(self._store, launcher, self._checker, tree.train)
         self._file_checker = ProcessChecker(tree.home, tree.control.check_timeout_s, variable=FILE_CHECK_VARIABLE)
         file_checks = FileChecks(self._store.records, self._file_checker)
-        self._loop = ControlLoop([reconciler, file_checks], lambda: sweep(self._store), tree.control.tick_s)
+        self._drafts = Drafts(self._store, RayTasks(tree), tree.drafting)
+        self._loop = ControlLoop([reconciler, file_checks, self._drafts], lambda: sweep(self._store), tree.control.tick_s)
         self._outbox, self._webhooks = outbox_loop(self._store.records, tree)
 
         def roll_up_usage() -> None:
@@ -157,4 +160,5 @@ class Control:
             self._webhooks.drain(DRAIN_TIMEOUT_S)
             self._checker.close()
             self._file_checker.close()
+            self._drafts.close()
             self._store.close()

@@ -54,6 +54,7 @@ class DraftSpec(_Value):
     roles: tuple[DraftRole, ...]
     provider: str
     model: str
+    max_output_tokens: int
     seed: int
     topics: tuple[str, ...] = ()
     seed_file: str | None = None
@@ -154,6 +155,8 @@ class DrafterReport(_Value):
 class Draft(Record):
     """A File of rows in the making. The API creates it and asks for its end; control does the rest.
 
+    `key_id` is that of the key that asked, if one did.
+
     `is_open`: control has something left to do for it, which is so a moment longer than its `state` is not terminal.
     `target_file` is the id that its File gets; `file_id` is set once there is one. `counts` are those of all drafters
     with what fell out between them. `round` counts how often drafters were asked for what was still missing.
@@ -163,6 +166,7 @@ class Draft(Record):
     spec: DraftSpec
     created_at: float
     target_file: str
+    key_id: str = ""
     state: DraftState = "queued"
     is_open: bool = True
     cancel_requested_at: float | None = None

@@ -1,0 +1,87 @@
+"""Google's Gemini by the package `google-genai`, with its structured output."""
+
+from typing import Any
+
+from google import genai
+from google.genai import errors, types
+
+from tuneloom.config import DraftProviderSettings
+from tuneloom.control.drafting.prompts import Prompt
+from tuneloom.control.drafting.providers import Answer, ProviderFailure, refusal, silence
+
+# Reasons to end that mean a whole text, or one that was cut off. All others withhold it.
+_ENDS = {"STOP": "stop", "MAX_TOKENS": "length"}
+MAX_SEED = 2**31 - 1
+
+
+class Gemini:
+    """A client retries only if it is told to: see `retry_options`."""
+
+    def __init__(self, name: str, settings: DraftProviderSettings, model: str, key: str | None) -> None:
+        if key is None:
+            raise ProviderFailure(
+                "provider_key_missing",
+                f"`drafting.providers.{name}`: Gemini needs a key: `api_key_env` or `api_key_file`.",
+                is_final=True,
+            )
+        self._name, self._settings, self._model, self._key = name, settings, model, key
+        self._client = genai.Client(
+            # Not by the environment's variables: which project pays is the settings' to say.
+            vertexai=False,
+            api_key=key,
+            http_options=types.HttpOptions(
+                base_url=settings.base_url,
+                timeout=int(settings.timeout_s * 1000),
+                retry_options=types.HttpRetryOptions(
+                    attempts=settings.attempts,
+                    initial_delay=settings.retry_delay_s,
+                    max_delay=settings.retry_delay_s * 32,
+                    jitter=settings.retry_delay_s / 2,
+                ),
+            ),
+        )
+
+    def answer(
+        self, prompt: Prompt, *, schema: dict[str, Any], temperature: float, seed: int, max_tokens: int
+    ) -> Answer:
+        budget = self._settings.thinking_budget
+        config = types.GenerateContentConfig(
+            system_instruction=prompt.system,
+            temperature=temperature,
+            seed=seed % MAX_SEED,
+            max_output_tokens=max_tokens,
+            response_mime_type="application/json",
+            response_json_schema=schema,
+            thinking_config=None if budget is None else types.ThinkingConfig(thinking_budget=budget),
+        )
+        try:
+            response = self._client.models.generate_content(model=self._model, contents=prompt.user, config=config)
+        except errors.APIError as error:
+            raise refusal(self._name, error.code, f"{error.status}: {error.message}", self._key) from None
+        except Exception as error:
+            # The SDK lets errors of its HTTP client through, of one of two packages.
+            raise silence(self._name, self._settings.timeout_s, type(error).__name__) from None
+        return _read(response)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _read(response: types.GenerateContentResponse) -> Answer:
+    usage = response.usage_metadata
+    given = None if usage is None else usage.prompt_token_count
+    total = None if usage is None else usage.total_token_count
+    counted = {
+        "input_tokens": given,
+        # What was thought is paid for as well, and is only in the total.
+        "output_tokens": None if total is None else total - (given or 0),
+        "model_version": response.model_version,
+    }
+    if not response.candidates:
+        return Answer("", "blocked", **counted)
+    first = response.candidates[0]
+    parts = first.content.parts if first.content is not None and first.content.parts else []
+    text = "".join(part.text for part in parts if part.text and not part.thought)
+    reason = first.finish_reason.name if first.finish_reason is not None else "STOP"
+    ended = _ENDS.get(reason, "blocked")
+    return Answer(text, ended, **counted)  # type: ignore[arg-type]

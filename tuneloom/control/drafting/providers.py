@@ -1,0 +1,99 @@
+"""The seam to a language model that writes rows, and its errors. Which one it is, the settings say."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from tuneloom.config import DraftProviderSettings
+from tuneloom.control.drafting.prompts import Prompt
+from tuneloom.domain import JobError
+
+MAX_MESSAGE = 300
+
+
+class ProviderFailure(Exception):
+    """A call that gave nothing. `is_final`: the next one would give nothing either."""
+
+    def __init__(self, code: str, message: str, *, is_final: bool) -> None:
+        super().__init__(message)
+        self.error = JobError(code=code, message=message)
+        self.is_final = is_final
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`ended`: by itself, cut off at its longest, or withheld by the provider's rules. Tokens are what the provider
+    counted, None where it did not.
+    """
+
+    text: str
+    ended: Literal["stop", "length", "blocked"]
+    input_tokens: int | None
+    output_tokens: int | None
+    model_version: str | None = None
+
+
+class Provider(Protocol):
+    def answer(
+        self, prompt: Prompt, *, schema: dict[str, Any], temperature: float, seed: int, max_tokens: int
+    ) -> Answer:
+        """One call, with the attempts and the time that the settings allow.
+
+        Raises:
+            ProviderFailure: it was refused, or nothing came.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_provider(name: str, settings: DraftProviderSettings, model: str) -> Provider:
+    """Raises ProviderFailure if its key cannot be read."""
+    key = _read_key(name, settings)
+    if settings.kind == "gemini":
+        from tuneloom.control.drafting.gemini import Gemini
+
+        return Gemini(name, settings, model, key)
+    from tuneloom.control.drafting.openai import OpenAICompatible
+
+    return OpenAICompatible(name, settings, model, key)
+
+
+def refusal(name: str, status: int, message: str, key: str | None) -> ProviderFailure:
+    """What an HTTP status of a provider means. Its message may repeat the key, which is then taken out."""
+    said = " ".join(message.split())
+    if key:
+        said = said.replace(key, "***")
+    if len(said) > MAX_MESSAGE:
+        said = said[:MAX_MESSAGE] + "..."
+    told = f"The provider `{name}` answered {status}: {said}"
+    if status in (401, 403):
+        return ProviderFailure("provider_key_refused", told, is_final=True)
+    if status == 429 or status == 408 or status >= 500:
+        return ProviderFailure("provider_unavailable", told, is_final=False)
+    return ProviderFailure("provider_refused", told, is_final=True)
+
+
+def silence(name: str, timeout_s: float, reason: str) -> ProviderFailure:
+    return ProviderFailure(
+        "provider_unavailable",
+        f"The provider `{name}` gave no answer within {timeout_s:g} s: {reason}.",
+        is_final=False,
+    )
+
+
+def _read_key(name: str, settings: DraftProviderSettings) -> str | None:
+    where = f"drafting.providers.{name}"
+    key: str | None = None
+    if settings.api_key_env is not None:
+        key = os.environ.get(settings.api_key_env, "").strip()
+        where, source = f"{where}.api_key_env", f"the variable `{settings.api_key_env}` is not set"
+    elif settings.api_key_file is not None:
+        where, source = f"{where}.api_key_file", f"{settings.api_key_file} cannot be read, or is empty"
+        try:
+            key = settings.api_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            key = ""
+    if key == "":
+        raise ProviderFailure("provider_key_missing", f"`{where}`: {source} where drafters run.", is_final=True)
+    return key
