@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli import bases, files, jobs, keys, lineage, local, models, store, webhooks
+from tuneloom.cli import bases, files, jobs, keys, lineage, local, models, store, usage, webhooks
 
 app = typer.Typer(
     name="tuneloom",
@@ -35,6 +35,7 @@ app.command()(local.status)
 app.command()(local.env)
 app.command()(lineage.verify)
 app.command()(lineage.reproduce)
+app.command()(usage.usage)
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
