@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli import bases, files, jobs, keys, lineage, local, models, store, usage, webhooks
+from tuneloom.cli import bases, files, jobs, keys, limits, lineage, local, models, store, usage, webhooks
 
 app = typer.Typer(
     name="tuneloom",
@@ -37,6 +37,7 @@ app.command()(lineage.verify)
 app.command()(lineage.reproduce)
 app.command()(usage.usage)
 app.add_typer(keys.app, name="keys")
+app.add_typer(limits.app, name="limits")
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(files.app, name="files")

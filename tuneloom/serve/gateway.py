@@ -5,13 +5,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import anyio.to_thread
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.util import metrics
 from starlette.applications import Starlette
 
 from tuneloom.config import Settings, check_production, read_pepper
@@ -40,7 +41,8 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> Starlette:
         people = open_people(self._settings, os.environ)
-        return make_app(Context(self._settings, self._store, self._pepper, self._bases, Poke(), people))
+        watch = watch_limits(self._settings)
+        return make_app(Context(self._settings, self._store, self._pepper, self._bases, Poke(), people, watch))
 
     async def check_health(self) -> None:
         """Raises once the store has not answered for so long that nothing read before still counts.
@@ -56,6 +58,13 @@ class Gateway:
             if silent_s > self._settings.gateway.stale_s:
                 raise Overloaded(f"The store has not answered for {silent_s:.0f} s.") from error
             logger.warning("the store does not answer: %s", error)
+
+
+def watch_limits(settings: Settings) -> Callable[[bool], None]:
+    """Shows operators whether limits are kept for all gateways together: 1, or 0 while Redis is away."""
+    gauge = metrics.Gauge("tuneloom_limits_shared", "Whether this gateway counts limits together with all others.")
+    gauge.set(float(settings.limits.redis_url is not None))
+    return lambda is_shared: gauge.set(float(is_shared))
 
 
 class Poke:

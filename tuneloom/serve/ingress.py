@@ -29,6 +29,7 @@ from tuneloom.generation import Finished, Frame, GenerationRequest
 from tuneloom.serve import edge, sse
 from tuneloom.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from tuneloom.serve.api_bases import BasesApi
+from tuneloom.serve.api_limits import OwnLimitsApi
 from tuneloom.serve.auth import Authentication, SignIn
 from tuneloom.serve.body import parse_object
 from tuneloom.serve.guard import Guard
@@ -95,6 +96,7 @@ def make_app(context: Context) -> Starlette:
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completion, methods=["POST"]),
             *BasesApi(control, context.bases).routes(),
+            *OwnLimitsApi(limits).routes(),
             *control_routes(control),
             # A model's name may hold slashes, so these come after everything that has a URL of its own.
             Route("/v1/{model:path}/chat/completions", chat, methods=["POST"]),

@@ -67,6 +67,11 @@ class Limits:
                 settings.gateway.replicas,
             )
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all gateways count together now."""
+        return self._redis is not None and self._redis.is_up
+
     async def gate(self, principal: Principal, address: str, cost: Cost) -> "Gate":
         return Gate(self, await self.policies.find(principal, address), cost)
 

@@ -13,15 +13,17 @@ from tuneloom.serve.upstream import BaseHandle, Bases
 
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
+# What an answer is taken for whose length nobody has bounded.
+UNSAID_TOKENS = 256
 # Of the place that is left at the first token.
 WAITING = "waiting for a first token"
 
 
 def estimate(call: Call, most_per_answer: int) -> tuple[int, int]:
-    """The tokens of a call's prompts and of its answers, before anything has been read. At least one of each."""
+    """The tokens of a call's prompts and of its answers, before anything has been read; at least one of each."""
     prompt = sum(_prompt_tokens(each) for each in call.prompts)
-    most = most_per_answer if call.params.max_tokens is None else min(call.params.max_tokens, most_per_answer)
-    return max(1, prompt), max(1, most * call.num_choices)
+    wanted = UNSAID_TOKENS if call.params.max_tokens is None else call.params.max_tokens
+    return max(1, prompt), min(wanted, most_per_answer) * call.num_choices
 
 
 def _prompt_tokens(prompt: object) -> int:
