@@ -11,7 +11,7 @@ import typer.main
 import yaml
 
 from tuneloom.cli import app
-from tuneloom.config import BaseSettings, EngineSettings, WebhookSettings
+from tuneloom.config import BaseSettings, EngineSettings, UsageSettings, WebhookSettings
 from tuneloom.domain import TrainOptions
 from tuneloom.serve.openai import IGNORED, REFUSED, Chat, Completion
 
@@ -144,6 +144,7 @@ def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
         ("engine.md", "The engine's options", EngineSettings),
         ("engine.md", "Replicas", BaseSettings),
         ("training.md", "Settings", TrainOptions),
+        ("api.md", "Settings of usage", UsageSettings),
         ("webhooks.md", "Settings", WebhookSettings),
     ],
 )
