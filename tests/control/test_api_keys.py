@@ -1,19 +1,31 @@
+import time
+
 import pytest
 
-from tests.control.conftest import PEPPER, assert_error
+from tests.control.conftest import BASE, PEPPER, assert_error
+from tests.control.test_models import add_version
+from tuneloom.store.keys import find_secret
 
 KEYS = "/v1/tuneloom/keys"
 ADMIN = "root:admin"
+ADA = "ada:account,inference,training"
+RETRY = {"x-stainless-retry-count": "1"}
 
 
-def find(api, secret: str) -> list[str]:
-    return [s.value.id for s in api.store.records.keys.query({"hash": PEPPER.hash(secret).hash})]
+def find(api, secret: str) -> str | None:
+    found = find_secret(api.store.records, PEPPER.hashes(secret))
+    return found.key.id if found else None
+
+
+def make(api, key: str = ADA, **body: object) -> dict:
+    answer = api.post(KEYS, json=body, key=key)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
 
 
 def test_an_admin_makes_a_key_for_an_owner_sees_its_secret_once_and_revokes_it(api):
-    body = {"name": "laptop", "owner": "ada", "scopes": ["inference"], "expires_in": "30d"}
-    made = api.post(KEYS, json=body, key=ADMIN).json()
-    assert find(api, made["secret"]) == [made["id"]]
+    made = make(api, ADMIN, name="laptop", owner="ada", scopes=["inference"], expires_in="30d")
+    assert find(api, made["secret"]) == made["id"]
     assert (made["owner"], made["scopes"]) == ("ada", ["inference"])
     assert made["expires_at"] - made["created_at"] == 30 * 86400
     listed = api.get(KEYS, key=ADMIN).json()["data"]
@@ -23,22 +35,139 @@ def test_an_admin_makes_a_key_for_an_owner_sees_its_secret_once_and_revokes_it(a
     assert api.delete(f"{KEYS}/{made['id']}", key=ADMIN).json()["revoked_at"] is not None
 
 
-def test_a_retried_creation_is_one_key_with_the_secret_that_was_seen(api):
-    first = api.post(KEYS, json={"name": "x"}, key=ADMIN).json()
-    second = api.post(KEYS, json={"name": "x"}, key=ADMIN, headers={"x-stainless-retry-count": "1"}).json()
-    assert second["id"] == first["id"]
-    assert find(api, second["secret"]) == [first["id"]]
-    assert find(api, first["secret"]) == []
+def test_an_account_looks_after_its_own_keys(api):
+    made = make(api, scopes=["inference"], rates={"requests_per_minute": 5})
+    assert (made["owner"], made["rates"]["requests_per_minute"]) == ("ada", 5)
+    others = make(api, ADMIN, owner="bob")
+    assert [key["id"] for key in api.get(KEYS, key=ADA).json()["data"]] == [made["id"]]
+    assert api.get(f"{KEYS}/{made['id']}", key=ADA).json()["id"] == made["id"]
+    assert api.post(f"{KEYS}/{made['id']}", json={"name": "phone"}, key=ADA).json()["name"] == "phone"
+    assert api.post(f"{KEYS}/{made['id']}/rotate", json={}, key=ADA).status_code == 200
+    assert api.post(f"{KEYS}/{made['id']}/revoke", key=ADA).json()["revoked_at"] is not None
+    for path, key in ((f"{KEYS}?owner=bob", ADA), (f"{KEYS}?owner=nobody", ADA)):
+        assert_error(api.get(path, key=key), 403, None, "`admin`")
+    assert_error(api.get(f"{KEYS}/{others['id']}", key=ADA), 404, "id")
 
 
 @pytest.mark.parametrize("key", ["ada:training,inference", "ada:inference"])
-def test_keys_are_for_admins(api, key):
-    for call in (api.get(KEYS, key=key), api.post(KEYS, json={}, key=key), api.delete(f"{KEYS}/x", key=key)):
+def test_keys_are_for_accounts_and_admins(api, key):
+    calls = [
+        api.get(KEYS, key=key),
+        api.post(KEYS, json={}, key=key),
+        api.get(f"{KEYS}/x", key=key),
+        api.post(f"{KEYS}/x", json={"name": "y"}, key=key),
+        api.post(f"{KEYS}/x/rotate", json={}, key=key),
+        api.delete(f"{KEYS}/x", key=key),
+    ]
+    for call in calls:
         assert_error(call, 403, None, "`account`")
 
 
+@pytest.mark.parametrize("scope", ["admin", "training"])
+def test_nobody_gains_a_scope_by_a_key(api, scope):
+    weak = "ada:account,inference"
+    assert_error(api.post(KEYS, json={"scopes": [scope]}, key=weak), 403, "scopes")
+    strong = make(api, ADMIN, owner="ada", scopes=[scope])
+    for call in (
+        api.post(f"{KEYS}/{strong['id']}/rotate", json={}, key=weak),
+        api.post(f"{KEYS}/{strong['id']}", json={"name": "x"}, key=weak),
+        api.delete(f"{KEYS}/{strong['id']}", key=weak),
+    ):
+        assert_error(call, 403, "scopes", f"`{scope}`")
+    assert find(api, strong["secret"]) == strong["id"]
+
+
+def test_nobody_gains_a_model_by_a_key(api):
+    add_version(api.store)
+    add_version(api.store, name="cat")
+    narrow = "ada:account,inference:bot"
+    for models in ([], ["cat"], ["bot", "cat"]):
+        assert_error(api.post(KEYS, json={"scopes": ["inference"], "models": models}, key=narrow), 403, "models")
+    made = make(api, narrow, scopes=["inference"], models=["bot"])
+    assert_error(api.post(f"{KEYS}/{made['id']}", json={"models": []}, key=narrow), 403, "models")
+    wide = make(api, ADA, scopes=["inference"])
+    assert_error(api.post(f"{KEYS}/{wide['id']}/rotate", json={}, key=narrow), 403, "models")
+
+
+def test_a_key_is_for_models_of_its_owner_and_for_bases(api):
+    add_version(api.store)
+    made = make(api, models=["bot", "gpt-4o-mini-2024-07-18", BASE])
+    assert made["models"] == ["bot", BASE]
+    for name in ("no-bot", "bot@v1", "x/y"):
+        assert_error(api.post(KEYS, json={"models": [name]}, key=ADA), 400, "models", name)
+    foreign = api.post(KEYS, json={"models": ["bot"]}, key="bob:account,inference,training")
+    absent = api.post(KEYS, json={"models": ["cat"]}, key="bob:account,inference,training")
+    assert foreign.content == absent.content.replace(b"cat", b"bot")
+    assert_error(
+        api.post(KEYS, json={"models": ["bot"], "scopes": ["admin"], "owner": "ada"}, key=ADMIN), 400, "models"
+    )
+
+
+def test_a_key_is_changed_in_what_is_named_only(api):
+    add_version(api.store)
+    made = make(api, name="a", models=["bot"], rates={"tokens_per_minute": 9}, expires_in="1h")
+    path = f"{KEYS}/{made['id']}"
+    named = api.post(path, json={"name": "b"}, key=ADA).json()
+    assert {**named, "name": "a"} == {name: value for name, value in made.items() if name != "secret"}
+    rates = api.post(path, json={"rates": {"requests_per_day": 4}, "models": []}, key=ADA).json()
+    assert (rates["rates"]["tokens_per_minute"], rates["rates"]["requests_per_day"], rates["models"]) == (None, 4, [])
+    assert api.post(path, json={"expires_in": None}, key=ADA).json()["expires_at"] is None
+    assert api.post(path, json={"expires_in": "2h"}, key=ADA).json()["expires_at"] >= time.time() + 7190
+    assert find(api, made["secret"]) == made["id"]
+    assert_error(api.post(path, json={}, key=ADA), 400, None)
+    assert_error(api.post(path, json={"scopes": ["admin"]}, key=ADA), 400, "scopes")
+    assert_error(api.post(path, json={"rates": {"requests_per_minute": 0}}, key=ADA), 400, "rates.requests_per_minute")
+
+
+def test_a_revoked_key_stays_so(api):
+    made = make(api)
+    api.delete(f"{KEYS}/{made['id']}", key=ADA)
+    for path, body in ((f"{KEYS}/{made['id']}", {"name": "x"}), (f"{KEYS}/{made['id']}/rotate", {})):
+        answer = api.post(path, json=body, key=ADA)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "revoked")
+
+
+def test_a_rotation_shows_the_new_secret_and_when_the_old_one_ends(api):
+    made = make(api)
+    path = f"{KEYS}/{made['id']}/rotate"
+    rotated = api.post(path, json={"overlap": "1h"}, key=ADA).json()
+    assert rotated["id"] == made["id"] and rotated["secret"] != made["secret"]
+    assert rotated["previous_secret_ends_at"] == pytest.approx(time.time() + 3600, abs=30)
+    assert find(api, made["secret"]) == find(api, rotated["secret"]) == made["id"]
+    at_once = api.post(path, json={}, key=ADA).json()
+    assert at_once["previous_secret_ends_at"] is None
+    assert find(api, rotated["secret"]) is None
+    assert_error(api.post(path, json={"overlap": "200d"}, key=ADA), 400, "overlap", "90 days")
+
+
+def test_a_retried_rotation_keeps_the_secret_that_is_in_use(api):
+    made = make(api)
+    path = f"{KEYS}/{made['id']}/rotate"
+    lost = api.post(path, json={"overlap": "1h"}, key=ADA).json()
+    seen = api.post(path, json={"overlap": "1h"}, key=ADA, headers=RETRY).json()
+    assert find(api, made["secret"]) == find(api, seen["secret"]) == made["id"]
+    assert find(api, lost["secret"]) is None
+
+
+def test_a_retried_creation_is_one_key_with_the_secret_that_was_seen(api):
+    first = api.post(KEYS, json={"name": "x"}, key=ADMIN).json()
+    second = api.post(KEYS, json={"name": "x"}, key=ADMIN, headers=RETRY).json()
+    assert second["id"] == first["id"]
+    assert find(api, second["secret"]) == first["id"]
+    assert find(api, first["secret"]) is None
+
+
 @pytest.mark.parametrize(
-    "body, param", [({"scopes": ["root"]}, "scopes"), ({"expires_in": "soon"}, "expires_in"), ({"x": 1}, "x")]
+    "body, param",
+    [
+        ({"scopes": ["root"]}, "scopes"),
+        ({"expires_in": "soon"}, "expires_in"),
+        ({"x": 1}, "x"),
+        ({"rates": {"requests_per_hour": 1}}, "rates.requests_per_hour"),
+        ({"rates": {"tokens_per_minute": "many"}}, "rates.tokens_per_minute"),
+        ({"models": ["m"] * 101}, "models"),
+        ({"owner": "a:b"}, "owner"),
+    ],
 )
 def test_what_a_key_may_not_be_is_named(api, body, param):
     assert_error(api.post(KEYS, json=body, key=ADMIN), 400, param)

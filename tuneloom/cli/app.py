@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli import bases, files, jobs, keys, limits, lineage, local, models, store, usage, webhooks
+from tuneloom.cli import audit, bases, files, jobs, keys, limits, lineage, local, models, store, usage, webhooks
 
 app = typer.Typer(
     name="tuneloom",
@@ -36,6 +36,7 @@ app.command()(local.env)
 app.command()(lineage.verify)
 app.command()(lineage.reproduce)
 app.command()(usage.usage)
+app.command()(audit.audit)
 app.add_typer(keys.app, name="keys")
 app.add_typer(limits.app, name="limits")
 app.add_typer(models.app, name="models")

@@ -4,6 +4,7 @@ A file `config.yaml` in the home folder overrides the defaults, which run on one
 environment says only where home is (`TUNELOOM_HOME`) and is read by entry points, never by an import.
 """
 
+from tuneloom.config.audit import AuditSettings
 from tuneloom.config.drafting import DraftingSettings, DraftProviderSettings
 from tuneloom.config.engine import BaseSettings, EngineSettings
 from tuneloom.config.gateway import GatewaySettings
@@ -22,6 +23,7 @@ __all__ = [
     "CONFIG_FILE",
     "DEFAULT_BASE",
     "SIGNING_KEY_FILE",
+    "AuditSettings",
     "BaseSettings",
     "ControlSettings",
     "DraftProviderSettings",

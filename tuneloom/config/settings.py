@@ -7,6 +7,7 @@ from typing import Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from tuneloom.config.audit import AuditSettings
 from tuneloom.config.drafting import DraftingSettings
 from tuneloom.config.engine import BaseSettings
 from tuneloom.config.gateway import GatewaySettings
@@ -39,6 +40,7 @@ class Settings(Section):
     gateway: GatewaySettings = GatewaySettings()
     train: TrainSettings = TrainSettings()
     control: ControlSettings = ControlSettings()
+    audit: AuditSettings = AuditSettings()
     drafting: DraftingSettings = DraftingSettings()
     webhooks: WebhookSettings = WebhookSettings()
     identity: IdentitySettings = IdentitySettings()

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tuneloom.control import audit
+from tuneloom.control.api_audit import AuditApi
 from tuneloom.control.api_checks import ChecksApi
 from tuneloom.control.api_drafts import DraftsApi
 from tuneloom.control.api_estimate import EstimateApi
@@ -44,6 +45,7 @@ def routes(context: ApiContext) -> list[Route]:
         JobsApi(context),
         ModelsApi(context),
         KeysApi(context),
+        AuditApi(context),
         WebhooksApi(context),
         MeApi(context),
         UsageApi(context),

@@ -17,7 +17,7 @@ from tuneloom.control.context import ApiContext, caller, in_thread
 from tuneloom.control.key_rights import check_covers, owner_of
 from tuneloom.control.keys import Minted
 from tuneloom.domain import ApiKey, Rates
-from tuneloom.errors import InvalidRequest, MissingParameter
+from tuneloom.errors import MissingParameter
 from tuneloom.store.base import Write
 
 
@@ -128,9 +128,7 @@ class KeysApi:
         if "expires_in" in named:
             changed["expires_at"] = keys.expiry(body.expires_in, time.time())
         if "models" in named:
-            if body.models and "admin" in key.scopes:
-                raise InvalidRequest("A key with the scope `admin` is for all models.", param="models")
-            changed["models"] = self._models(key.owner, body.models)
+            changed["models"] = keys.check_reach(self._models(key.owner, body.models), key.scopes)
         return changed
 
     async def revoke(self, request: Request) -> Response:

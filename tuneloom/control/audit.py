@@ -6,6 +6,7 @@ An action is named in OpenAI's manner: the type of the thing, a dot, what was do
 """
 
 import getpass
+import logging
 import os
 import secrets
 import time
@@ -16,7 +17,13 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from tuneloom.domain import Actor, AuditEntry, AuditTarget, Job, Principal, model_name
-from tuneloom.store.base import Create
+from tuneloom.store.base import Create, Delete, Range, StoreConflict
+from tuneloom.store.records import Records
+
+logger = logging.getLogger(__name__)
+
+# In one commit.
+SWEPT = 300
 
 
 def entry(actor: Actor, action: str, target: AuditTarget, data: Mapping[str, Any] | None = None) -> Create:
@@ -33,6 +40,18 @@ def entry(actor: Actor, action: str, target: AuditTarget, data: Mapping[str, Any
         data=dict(data or {}),
     )
     return Create(AuditEntry.collection, made.id, made.model_dump(mode="json"))
+
+
+def sweep(records: Records, before: float) -> None:
+    """Remove the oldest entries that were made before that time; a few hundred at most."""
+    old = records.audit_entries.query(order_by="created_at", bounds=Range(below=before), limit=SWEPT)
+    writes = [Delete(AuditEntry.collection, stored.value.id) for stored in old]
+    if not writes:
+        return
+    try:
+        records.commit(*writes)
+    except StoreConflict:
+        logger.info("another one sweeps the audit log")
 
 
 def of_job(actor: Actor, job: Job, participle: str, data: Mapping[str, Any] | None = None) -> Create:

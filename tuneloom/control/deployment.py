@@ -128,7 +128,11 @@ class Control:
         self._file_checker = ProcessChecker(tree.home, tree.control.check_timeout_s, variable=FILE_CHECK_VARIABLE)
         file_checks = FileChecks(self._store.records, self._file_checker)
         self._drafts = Drafts(self._store, RayTasks(tree), tree.drafting)
-        self._loop = ControlLoop([reconciler, file_checks, self._drafts], lambda: sweep(self._store), tree.control.tick_s)
+        self._loop = ControlLoop(
+            [reconciler, file_checks, self._drafts],
+            lambda: sweep(self._store, audit_days=tree.audit.keep_days),
+            tree.control.tick_s,
+        )
         self._outbox, self._webhooks = outbox_loop(self._store.records, tree)
 
         def roll_up_usage() -> None:

@@ -89,8 +89,6 @@ def draft(
     hashed = pepper.hash(secret)
     now = time.time()
     checked = check_scopes(scopes)
-    if models and "admin" in checked:
-        raise InvalidRequest("A key with the scope `admin` is for all models. Leave `models` out.", param="models")
     key = ApiKey(
         id=new_id("key_"),
         owner=check_owner(owner),
@@ -101,7 +99,7 @@ def draft(
         scopes=checked,
         created_at=now,
         expires_at=expiry(expires_in, now),
-        models=models,
+        models=check_reach(models, checked),
         rates=rates,
     )
     return Minted(key, secret)
@@ -278,6 +276,13 @@ def check_models(records: Records, owner: str, names: Collection[str], find_base
             )
         found.append(base or name)
     return tuple(dict.fromkeys(found))
+
+
+def check_reach(models: tuple[str, ...], scopes: tuple[Scope, ...]) -> tuple[str, ...]:
+    """Return `models` unless an admin's key shall be for some only: it could make itself another."""
+    if models and "admin" in scopes:
+        raise InvalidRequest("A key with the scope `admin` is for all models. Leave `models` out.", param="models")
+    return models
 
 
 def check_owner(owner: str) -> str:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from tuneloom.control import departures, files, repeat
+from tuneloom.control import audit, departures, files, repeat
 from tuneloom.store import Store
 from tuneloom.store.base import Range, StoreConflict, Write
 
@@ -19,9 +19,10 @@ FILE_CHECK_MEMORY_S = 600.0
 STATES_SWEEP_S = 24 * 3600.0
 
 
-def sweep(store: Store, clock: Callable[[], float] = time.time) -> None:
-    """One round; a few hundred records of each kind at most."""
+def sweep(store: Store, clock: Callable[[], float] = time.time, *, audit_days: int = 400) -> None:
+    """One round; a few hundred records of each kind at most. Entries of the audit log are kept for `audit_days`."""
     now = clock()
+    audit.sweep(store.records, now - audit_days * 86400.0)
     for step in (_sweep_files, _sweep_uploads, _sweep_repeats, _sweep_file_checks, _sweep_states, departures.carry_on):
         try:
             step(store, now)
