@@ -5,10 +5,15 @@ empty store. Everything is asked through the seam, so that other engines can joi
 """
 
 import itertools
+import json
 import multiprocessing
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +25,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from tuneloom.errors import InvalidRequest, TooLarge
+from tuneloom.errors import InvalidRequest, TooLarge, TuneloomError
 from tuneloom.store import open_blobs, open_documents
 from tuneloom.store.base import (
     MAX_WRITES,
@@ -247,6 +252,111 @@ class DocumentsContract:
         with pytest.raises(TooLarge):
             documents.commit([Create("things", "b", {"v": "é" * 500_001})])
 
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {},
+            {"l": [], "o": {}, "ll": [[[]], [[1, [2.0, [None]]]], {}], "lo": [{"a": [{}]}]},
+            {"i": 1, "f": 1.0, "big": 2**63 - 1, "small": -(2**63), "tiny": 5e-324, "huge": 1.7976931348623157e308},
+            {"o": {"i": 1, "f": 1.0, "big": 2**53 + 1, "l": [2**53 + 1, 1, 1.0, True, None]}},
+            {"o": {"z": 1, "a": 2, "m": {"y": 1, "b": 2}}},
+            {"o": {key: {key: key} for key in HARD_TEXTS}, "l": HARD_TEXTS},
+            {
+                "__x__": 1,
+                "__": 2,
+                "o": {"__x__": 1, "__x__-": 2, "-": 3, "": 4, "%0a": 5, "\n": 6, "__x__--": {"": ""}},
+            },
+            {"t": "é" * 1500, "o": {"t": "é" * 1500}, "short": "x" * 1400},
+            {"id": "other", "data": 1, "text": {"commit": 1}, "commit": [1]},
+        ],
+        ids=range(9),
+    )
+    def test_what_is_written_comes_back_exactly(self, documents: Documents, data: dict[str, Any]) -> None:
+        rev = documents.commit([Create("things", "a", data)])["things", "a"]
+        documents.commit([Replace("things", "a", data, rev), Create("things", "b", {"w": 1})])
+        found = documents.find("things", "a")
+        assert found is not None and [found, documents.find("things", "b")] == documents.query("things")
+        assert found.data == data
+        # As text: 1 is not 1.0 there, and the keys of objects keep their order.
+        assert {key: json.dumps(value) for key, value in found.data.items()} == {
+            key: json.dumps(value) for key, value in data.items()
+        }
+
+    def test_objects_and_lists_may_be_twenty_levels_deep(self, documents: Documents) -> None:
+        deep: Any = 1
+        for level in range(20):
+            deep = [deep] if level % 3 else {"k": deep}
+        objects: Any = "x"
+        for _ in range(20):
+            objects = {"k": objects}
+        documents.commit([Create("things", "a", {"v": deep, "o": objects})])
+        found = documents.find("things", "a")
+        assert found is not None and found.data == {"v": deep, "o": objects}
+        with pytest.raises(InvalidRequest, match="deeper"):
+            documents.commit([Create("things", "b", {"v": {"k": objects}})])
+
+    @pytest.mark.parametrize("kind", ["text", "texts", "digits", "keys", "objects", "escapes"])
+    def test_a_document_of_a_megabyte_comes_back(self, documents: Documents, kind: str) -> None:
+        data: dict[str, Any] = {
+            "text": {"v": "x" * 999_980},
+            "texts": {f"v{i}": "x" * 9_900 for i in range(100)},
+            "digits": {"v": [1] * 499_900},
+            "keys": {"v": {f"{i:05}": 1 for i in range(99_000)}},
+            "objects": {"v": {f"{i:05}": {"a": {"b": True}} for i in range(39_000)}},
+            "escapes": {"v": {str(i): '"\\' * 1_000 for i in range(240)}},
+        }[kind]
+        size = len(json.dumps(data, separators=(",", ":")))
+        assert 950_000 < size <= 1_000_000
+        documents.commit([Create("things", "a", {**data, "n": 1})])
+        documents.commit([Increment("things", "a", "n", 1)])
+        (found,) = documents.query("things", {"n": 2})
+        assert found.data == {**data, "n": 2}
+
+    def test_a_commit_has_at_most_three_megabytes(self, documents: Documents) -> None:
+        writes = [Create("things", f"{i}", {"v": "x" * 990_000}) for i in range(4)]
+        with pytest.raises(TooLarge):
+            documents.commit(writes)
+        assert documents.query("things") == []
+        documents.commit(writes[:3])
+
+    def test_a_document_has_at_most_128_fields(self, documents: Documents) -> None:
+        fields = {f"{'f' * 120}{i:03}": "x" * 1_401 for i in range(129)}
+        with pytest.raises(InvalidRequest, match="128"):
+            documents.commit([Create("things", "a", fields)])
+        fields.popitem()
+        documents.commit([Create("things", "a", {**fields, "f" * 120 + "000": "x" * 700_000})])
+
+    @pytest.mark.parametrize("value", [None, True, "1", "x" * 2000, [1], {"w": 1}])
+    def test_only_a_number_is_added_to(self, documents: Documents, value: Any) -> None:
+        documents.commit([Create("things", "a", {"v": value}), Create("things", "b", {"v": 1})])
+        before = documents.query("things")
+        with pytest.raises(InvalidRequest, match="`v`"):
+            documents.commit([Increment("things", "b", "v", 1), Increment("things", "a", "v", 1)])
+        assert documents.query("things") == before
+
+    def test_a_number_that_became_a_text_is_not_added_to(self, documents: Documents) -> None:
+        documents.commit([Create("things", "a", {"v": 1})])
+        rev = documents.commit([Increment("things", "a", "v", 1)])["things", "a"]
+        documents.commit([Replace("things", "a", {"v": "text"}, rev)])
+        with pytest.raises(InvalidRequest, match="`v`"):
+            documents.commit([Increment("things", "a", "v", 1)])
+        documents.commit([Delete("things", "a")])
+        with pytest.raises(StoreConflict):
+            documents.commit([Increment("things", "a", "v", 1)])
+
+    def test_a_closed_store_says_so(self, documents_url: str) -> None:
+        documents = open_documents(documents_url)
+        documents.commit([Create("things", "a", {})])
+        documents.close()
+        documents.close()
+        for call in (
+            lambda: documents.find("things", "a"),
+            lambda: documents.query("things"),
+            lambda: documents.commit([Create("things", "b", {})]),
+        ):
+            with pytest.raises(TuneloomError, match="closed"):
+                call()
+
     @pytest.mark.parametrize("name", ["", "Things", "a b", "a'--", "a/b", "é"])
     def test_a_collection_has_a_plain_name(self, documents: Documents, name: str) -> None:
         for call in (lambda: documents.find(name, "a"), lambda: documents.query(name)):
@@ -333,6 +443,33 @@ class DocumentsContract:
         with pytest.raises(InvalidRequest):
             documents.query("things", order_by=path)
 
+    def test_a_condition_looks_sixteen_names_deep(self, documents: Documents) -> None:
+        deep: Any = "x"
+        for _ in range(15):
+            deep = {"k": deep}
+        documents.commit([Create("things", "a", {"v": deep})])
+        path = ["v", *["k"] * 15]
+        assert ids(documents.query("things", {field_path(*path): "x"})) == ["a"]
+        for wrong in ([*path, "k"], ["v", "k" * 1_400], ["v", "\ud800"]):
+            with pytest.raises(InvalidRequest):
+                documents.query("things", {field_path(*wrong): "x"})
+
+    def test_names_that_look_like_each_other_are_told_apart(self, documents: Documents) -> None:
+        names = ["__x__", "__x__-", "-", "--", "", "%0a", "\n", "\\n", "%", "x-"]
+        documents.commit([Create("things", str(i), {"o": {name: 1}}) for i, name in enumerate(names)])
+        assert [ids(documents.query("things", {field_path("o", name): 1})) for name in names] == [
+            [str(i)] for i in range(len(names))
+        ]
+        documents.commit([Create("others", "a", {"__x__": 1, "__": "y"})])
+        assert ids(documents.query("others", {"__x__": 1, "__": "y"}, order_by="__x__")) == ["a"]
+
+    def test_everything_in_a_large_record_is_found(self, documents: Documents) -> None:
+        pieces = {f"{i:04}": {"k": f"{i}" * 5} for i in range(4_900)}
+        documents.commit([Create("things", "a", {"v": pieces, "l": [1] * 5_000, "last": {"k": "z"}})])
+        for i in (0, 2_000, 4_899):
+            assert ids(documents.query("things", {field_path("v", f"{i:04}", "k"): f"{i}" * 5})) == ["a"]
+        assert ids(documents.query("things", {"last.k": "z"})) == ["a"]
+
     def test_order_is_null_then_booleans_then_numbers_then_text(self, mixed: Documents) -> None:
         expected = ["null", "no", "yes", "neg", "zero", "half", "one", "text"]
         assert ids(mixed.query("things", order_by="v")) == expected
@@ -374,6 +511,15 @@ class DocumentsContract:
         documents.commit([Create("things", id, {"v": 1}) for id in "abcd"])
         assert ids(documents.query("things", {"v": 1}, bounds=Range(above="a", at_most="c"))) == ["b", "c"]
 
+    @pytest.mark.parametrize("edge", ["", "b/", "b\0", "."])
+    def test_bounds_and_cursors_need_not_be_ids_of_documents(self, documents: Documents, edge: str) -> None:
+        documents.commit([Create("things", id, {"v": 1}) for id in "abcd"])
+        behind = [id for id in "abcd" if id > edge]
+        assert ids(documents.query("things", bounds=Range(above=edge))) == behind
+        assert ids(documents.query("things", {"v": 1}, bounds=Range(at_least=edge), descending=True)) == behind[::-1]
+        assert ids(documents.query("things", after=(edge, edge))) == behind
+        assert ids(documents.query("things", order_by="v", after=(1, edge))) == behind
+
     def test_limit_takes_the_first_of_the_order(self, documents: Documents) -> None:
         documents.commit([Create("things", id, {"v": id}) for id in "abcd"])
         assert ids(documents.query("things", limit=2)) == ["a", "b"]
@@ -411,7 +557,76 @@ class DocumentsContract:
             ),
         )
 
+    @pytest.mark.parametrize("order_by", ["v", "id"])
+    def test_a_long_result_comes_whole(self, documents: Documents, order_by: str) -> None:
+        names = [f"{i:04}" for i in range(750)]
+        for start in (0, 375):
+            documents.commit([Create("things", id, {"v": int(id) // 3}) for id in names[start : start + 375]])
+        assert ids(documents.query("things", order_by=order_by)) == names
+        assert ids(documents.query("things", order_by=order_by, descending=True, limit=700)) == names[:49:-1]
+
     # --- several writers ---
+
+    def test_eight_writers_of_one_document_all_come_to_an_end(
+        self, documents: Documents, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        documents.commit([Create("things", "a", {"v": 0, "n": 0})])
+        barrier = threading.Barrier(8)
+
+        def write(_: int) -> int:
+            attempts = 0
+            barrier.wait(timeout=PROCESS_TIMEOUT_S)
+            for _ in range(10):
+                documents.commit([Increment("things", "a", "n", 1)])
+                for attempt in itertools.count():
+                    attempts += 1
+                    found = documents.find("things", "a")
+                    assert found is not None
+                    changed = {**found.data, "v": found.data["v"] + 1}
+                    try:
+                        documents.commit([Replace("things", "a", changed, found.rev)])
+                        break
+                    except StoreConflict:
+                        time.sleep(random.uniform(0, 0.005 * 2 ** min(attempt, 6)))
+            return attempts
+
+        started = time.monotonic()
+        with ThreadPoolExecutor(8) as pool:
+            attempts = sum(pool.map(write, range(8)))
+        took_s = time.monotonic() - started
+        found = documents.find("things", "a")
+        assert found is not None and found.data == {"v": 80, "n": 80}
+        with capsys.disabled():
+            print(
+                f"\n{type(documents).__name__}, 8 writers of one document: {160 / took_s:.0f} commits/s, "
+                f"{attempts} attempts for 80 replacements"
+            )
+        assert took_s < PROCESS_TIMEOUT_S
+
+    def test_a_long_result_is_of_one_moment(self, documents: Documents) -> None:
+        for start in (0, 350):
+            documents.commit([Create("things", f"{start + i:04}", {"v": 0}) for i in range(350)])
+        is_done = threading.Event()
+
+        def move() -> None:
+            while not is_done.is_set():
+                documents.commit([Increment("things", "0000", "v", -1), Increment("things", "0699", "v", 1)])
+
+        with ThreadPoolExecutor(1) as pool:
+            mover = pool.submit(move)
+            sums = {sum(d.data["v"] for d in documents.query("things")) for _ in range(6)}
+            is_done.set()
+            mover.result(timeout=PROCESS_TIMEOUT_S)
+        assert sums == {0}
+
+    def test_a_forked_process_goes_on_while_threads_write(self, documents: Documents, documents_url: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", FORKS, documents_url], capture_output=True, text=True, timeout=120, cwd=Path.cwd()
+        )
+        assert done.returncode == 0, done.stderr
+        found = documents.query("things")
+        assert ids(found) == ["a", "child0", "child1", "child2", "child3", "child4"]
+        assert found[0].data["v"] > 5000
 
     def test_increments_of_many_threads_all_count(self, documents: Documents) -> None:
         documents.commit([Create("things", "a", {"v": 0})])
@@ -504,6 +719,42 @@ class DocumentsContract:
         assert left == right == [f"{i:06}" for i in range(len(left))]
         assert len(left) > last, "an acknowledged commit is lost"
         assert counter is not None and counter.data["v"] == len(left)
+
+
+# In a process of its own: the one of the tests holds threads of other libraries, which need not outlive a fork.
+FORKS = """
+import os, sys, threading
+from tuneloom.store import open_documents
+from tuneloom.store.base import Create, Increment
+
+documents = open_documents(sys.argv[1])
+documents.commit([Create("things", "a", {"v": 0})])
+is_done = threading.Event()
+
+def write():
+    while not is_done.is_set():
+        documents.commit([Increment("things", "a", "v", 1)])
+
+threads = [threading.Thread(target=write) for _ in range(2)]
+for thread in threads:
+    thread.start()
+children = []
+for i in range(5):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            documents.commit([Create("things", f"child{i}", {}), Increment("things", "a", "v", 1000)])
+            code = 0
+        finally:
+            os._exit(code)
+    children.append(child)
+codes = [os.waitpid(child, 0)[1] for child in children]
+is_done.set()
+for thread in threads:
+    thread.join(30)
+assert codes == [0] * 5, codes
+"""
 
 
 class DocumentsMachine(RuleBasedStateMachine):

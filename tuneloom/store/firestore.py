@@ -128,7 +128,7 @@ class FirestoreDocuments:
                     if may_be_applied and (revs := self._applied(attempt)) is not None:
                         return revs
                     raise StoreConflict(f"{attempt.names} changed, exists or is gone: {error.message}") from error
-                if error.status == "INVALID_ARGUMENT" and "maximum" in error.message:
+                if "exceeds maximum size" in error.message or "exceeds the maximum" in error.message:
                     raise TooLarge(f"Firestore takes no commit of this size: {error.message}") from error
                 if error.status not in PASSING:
                     raise self._api.translated(error) from error

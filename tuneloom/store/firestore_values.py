@@ -131,18 +131,20 @@ def unescape(name: str) -> str:
 def _project(nested: Mapping[str, Any], tree: dict[str, Value], room: int) -> None:
     """Add the scalars of nested objects to `tree`, the outer ones first, as far as the document has room for them.
 
-    There is room for all of them in a record of half a megabyte; a larger one is kept whole, but is not found by all
-    that it holds.
+    There is room for all of them in a record of 200 kB; a larger one is kept whole, but may not be found by all that it
+    holds.
     """
     for _, (parts, value) in zip(range(MAX_NESTED), _leaves(nested), strict=False):
-        # A new map takes 32 bytes and its name.
-        size = sum(33 + len(part.encode()) for part in parts[:-1]) + _size(parts[-1], value)
+        inner, missing = tree, list(map(escape, parts[:-1]))
+        while missing and missing[0] in inner:
+            inner = inner[missing.pop(0)]["mapValue"]["fields"]
+        # A map takes 32 bytes and its name.
+        size = sum(33 + len(part.encode()) for part in missing) + _size(parts[-1], value)
         if size > room:
             continue
         room -= size
-        inner = tree
-        for part in parts[:-1]:
-            inner = inner.setdefault(escape(part), _map({}))["mapValue"]["fields"]
+        for part in missing:
+            inner = inner.setdefault(part, _map({}))["mapValue"]["fields"]
         inner[escape(parts[-1])] = to_indexed(value)
 
 

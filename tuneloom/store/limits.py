@@ -14,7 +14,7 @@ MAX_ID_BYTES = 1500
 MAX_KEY_LENGTH = 900
 MAX_DEPTH = 20
 MAX_FIELDS = 128
-MAX_COMMIT_BYTES = 5_000_000
+MAX_COMMIT_BYTES = 3_000_000
 # A condition looks so deep into a record, by names of so many bytes together.
 MAX_PATH_PARTS = 16
 MAX_PATH_BYTES = 1400
