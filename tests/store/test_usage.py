@@ -29,6 +29,11 @@ HOUR = 3600.0
 SECOND = Used(kind="inference", base="b/x", model="bot@v1", key_id="key_1")
 
 
+on_both = pytest.mark.parametrize(
+    "store", ["sqlite", pytest.param("firestore", marks=pytest.mark.cloud)], indirect=True
+)
+
+
 class Flaky:
     """Documents that fail on command: before a commit, after it, or with a commit that comes true later."""
 
@@ -88,8 +93,10 @@ class Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Flaky]:
-    flaky = Flaky(open_documents(f"sqlite:{tmp_path / 'usage.db'}"))
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Flaky]:
+    is_local = getattr(request, "param", "sqlite") == "sqlite"
+    url = f"sqlite:{tmp_path / 'usage.db'}" if is_local else request.getfixturevalue("firestore_url")
+    flaky = Flaky(open_documents(url))
     yield flaky
     flaky.close()
 
@@ -175,6 +182,7 @@ def test_a_busy_hour_of_thousands_is_written_in_few_commits(records: Records, st
     assert writer.flush() and len(store.commits) == 9
 
 
+@on_both
 @pytest.mark.parametrize("fault", ["before", "after", "late"])
 def test_a_commit_without_an_answer_counts_once(records: Records, store: Flaky, fault: str):
     writer = UsageWriter(records, Clock())
@@ -189,6 +197,7 @@ def test_a_commit_without_an_answer_counts_once(records: Records, store: Flaky, 
     assert total(records).input_tokens == 110
 
 
+@on_both
 @pytest.mark.parametrize("fault", ["ok", "before", "after", "late"])
 def test_a_writer_that_comes_after_the_roll_up_loses_nothing(records: Records, store: Flaky, fault: str):
     clock = Clock(NOON + HOUR - 1)
@@ -232,6 +241,7 @@ def test_a_roll_up_that_dies_at_a_commit_counts_once(records: Records, store: Fl
     assert sum(spent) == sum(range(1400))
 
 
+@on_both
 def test_two_roll_ups_at_once_count_once(records: Records, store: Flaky):
     writer = UsageWriter(records, Clock())
     for number in range(50):
@@ -242,6 +252,7 @@ def test_two_roll_ups_at_once_count_once(records: Records, store: Flaky):
     assert total(records).input_tokens == sum(range(50))
 
 
+@on_both
 def test_a_part_that_is_folded_while_one_reads_counts_once(records: Records, store: Flaky):
     writer = UsageWriter(records, Clock())
     writer.add("ada", SECOND, tokens(10))
@@ -298,6 +309,7 @@ def test_memory_is_bounded_and_the_owners_totals_stay_right(records: Records, st
     assert not (writer._places or writer._parts or writer._open)
 
 
+@on_both
 def test_what_belongs_to_a_change_is_written_with_it_once(records: Records):
     write = record_draft("ada", "draft_1", NOON, model="gemini", input_tokens=9, output_tokens=4, cost=0.5)
     records.commit(write)
