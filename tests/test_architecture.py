@@ -149,6 +149,7 @@ def test_third_party_packages_stay_where_they_belong(module: str):
         ("tuneloom.serve.ingress", {"torch", "transformers"}),
         ("tuneloom.serve.app", {"torch", "transformers", "ray"}),
         ("tuneloom.serve.gateway", {"torch", "transformers"}),
+        ("tuneloom.serve.firebase", {"torch", "transformers", "ray", "google.auth", "firebase_admin"}),
         ("tuneloom.bases", {"torch", "transformers", "numpy"}),
         ("tuneloom.store", {"torch", "transformers", "ray"}),
         ("tuneloom.engine.text", {"torch", "ray"}),

@@ -8,6 +8,7 @@ import yaml
 
 from tuneloom import cli, config
 from tuneloom.config import Settings, check_production
+from tuneloom.control.deployment import Control
 from tuneloom.errors import InvalidRequest
 from tuneloom.serve.gateway import Gateway
 
@@ -42,8 +43,9 @@ def test_production_refuses_each_emulator(
     said = capsys.readouterr().err
     assert f"`{variable}` is set" in said and f"`unset {variable}`" in said
     assert [path.name for path in settings.home.iterdir()] == ["config.yaml"]
-    with pytest.raises(InvalidRequest, match=variable):
-        Gateway(settings.model_dump(mode="json"))
+    for process in (Gateway, Control):
+        with pytest.raises(InvalidRequest, match=variable):
+            process(settings.model_dump(mode="json"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from openai import AsyncOpenAI
 
 from tests.parts.servers import AUTH_PROJECT, Server
 from tests.serve.conftest import BASE, PEPPER, FakeBase, Service
@@ -84,6 +85,13 @@ async def test_a_person_signs_up_signs_in_and_goes_on_with_a_refreshed_token(ser
         }
     assert {request.owner for request in service.base.requests} == {up["localId"]}
 
+    async def fresh() -> str:
+        return await auth.refresh(up)
+
+    # OpenAI's client asks for the token at each request, so that an hour is not the end.
+    async with AsyncOpenAI(api_key=fresh, base_url="http://test/v1", http_client=service.http()) as client:
+        assert BASE in [model.id async for model in client.models.list()]
+
 
 async def test_a_person_of_google_and_an_administrator(service: Service, auth: Auth) -> None:
     claims = '{"sub":"g1","email":"boss@example.com","email_verified":true}'
@@ -149,6 +157,8 @@ async def test_an_anonymous_person_who_becomes_a_known_one_keeps_everything(serv
             assert [found.id async for found in client.files.list()] == [file.id]
     created = await new_key(service, token)
     assert created.status_code == 200, created.text
+    assert (await new_key(service, token, scopes=["admin"])).status_code == 403
+    assert (await new_key(service, token, owner="local")).status_code == 403
     async with service.openai(created.json()["secret"]) as client:
         assert [found.id async for found in client.files.list()] == [file.id]
 
@@ -183,6 +193,6 @@ async def get(service: Service, token: str, path: str) -> httpx2.Response:
         return await http.get(path)
 
 
-async def new_key(service: Service, token: str) -> httpx2.Response:
+async def new_key(service: Service, token: str, **more: Any) -> httpx2.Response:
     async with service.http(token) as http:
-        return await http.post("/v1/tuneloom/keys", json={"name": "laptop"})
+        return await http.post("/v1/tuneloom/keys", json={"name": "laptop", **more})

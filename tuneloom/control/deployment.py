@@ -4,12 +4,13 @@
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from tuneloom.config import Settings
+from tuneloom.config import Settings, check_production
 from tuneloom.control.check import FILE_CHECK_VARIABLE, ProcessChecker
 from tuneloom.control.drafting.reconcile import Drafts
 from tuneloom.control.drafting.tasks import RayTasks
@@ -120,6 +121,7 @@ class Control:
         import ray
 
         tree = Settings.model_validate(settings)
+        check_production(tree, os.environ)
         cluster = ray.get_runtime_context().gcs_address
         self._store = open_store(tree)
         self._checker = ProcessChecker(tree.home, tree.control.check_timeout_s)
