@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import openai
 import pytest
@@ -18,7 +19,8 @@ from tuneloom.control.webhook_dispatcher import LEASE_S, Dispatcher
 from tuneloom.control.webhook_secrets import new_secret, open_vault
 from tuneloom.control.webhook_sender import PAUSES_S, Outcome, Sender
 from tuneloom.domain import WebhookDelivery, WebhookTry
-from tuneloom.store import Store
+from tuneloom.store import Store, open_blobs, open_documents
+from tuneloom.store.records import Records
 
 SECRET = new_secret()
 
@@ -368,6 +370,51 @@ def test_a_store_that_is_away_is_no_end(world, monkeypatch):
             world.dispatcher.tick()
     world.tick()
     assert world.row().state == "delivered"
+
+
+def test_a_thread_that_cannot_start_holds_no_place(world, monkeypatch):
+    world.endpoint()
+    world.happen()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            world.dispatcher.tick()
+    world.tick()
+    assert world.row().state == "delivered"
+
+
+@pytest.fixture
+def cloud(firestore_url, tmp_path) -> Iterator[World]:
+    store = Store(Records(open_documents(firestore_url)), open_blobs(f"file:{tmp_path / 'blobs'}"))
+    yield World(store, Settings(home=tmp_path))
+    store.close()
+
+
+def test_on_firestore_two_controls_send_each_delivery_once_and_try_again(cloud):
+    for n in range(3):
+        cloud.endpoint(f"we_{n}", owner=f"owner{n}")
+        for _ in range(2):
+            cloud.happen(f"owner{n}")
+    cloud.sender.answers["we_2"] = 500
+    other = cloud.control()
+    for _ in range(4):
+        for each in (cloud.dispatcher, other):
+            each.tick()
+        assert cloud.dispatcher.drain(60) and other.drain(60)
+    assert Counter(row.state for row in rows(cloud.store)) == {"delivered": 4, "pending": 2}
+    assert len(cloud.sender.sent) == len(set(cloud.sender.sent)) == 6
+    cloud.sender.answers["we_2"] = 200
+    cloud.clock.advance(6)
+    for _ in range(2):
+        cloud.tick()
+    assert Counter(row.state for row in rows(cloud.store)) == {"delivered": 6}
+    cloud.clock.advance(31 * 86400)
+    cloud.dispatcher.sweep()
+    assert rows(cloud.store) == []
 
 
 def test_real_receivers_that_misbehave_get_it_in_the_end(store, tmp_path):

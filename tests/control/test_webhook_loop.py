@@ -1,16 +1,21 @@
 """The outbox as control runs it: looked at as often as the settings say, at a poke, and after each delivery."""
 
 import time
+from types import SimpleNamespace
 
+import openai
 import pytest
+import ray
 
+from tests.control.conftest import Api, add_job
 from tests.control.receivers import answers, hangs, receiver
 from tests.control.test_outbox import add_endpoint, rows
 from tests.control.test_webhook_dispatcher import wait_for
 from tuneloom.config import Settings, WebhookSettings
 from tuneloom.control import outbox
-from tuneloom.control.deployment import outbox_loop
+from tuneloom.control.deployment import Control, outbox_loop
 from tuneloom.control.webhook_secrets import new_secret, open_vault
+from tuneloom.errors import TuneloomError
 
 
 def settings(tmp_path, **options) -> Settings:
@@ -73,3 +78,27 @@ def test_more_of_one_endpoint_are_sent_at_once_if_that_is_set(store, tmp_path):
         seen.over.set()
         loop.stop()
         assert webhooks.drain(20)
+
+
+def test_control_sends_what_a_job_of_the_api_tells(store, tmp_path, monkeypatch):
+    """The whole process but its Ray: a job is cancelled beside it, and the receiver verifies the event."""
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
+    tree = settings(tmp_path, poll_s=3600.0)
+    with receiver() as seen:
+        control = Control(tree.model_dump(mode="json"))
+        try:
+            api = Api(store, tree)
+            body = {"url": seen.url, "event_types": ["fine_tuning.job.cancelled"]}
+            made = api.post("/v1/tuneloom/webhooks", json=body, key="ada:account").json()
+            job = add_job(store)
+            assert api.post(f"/v1/fine_tuning/jobs/{job.id}/cancel").status_code == 200
+            control.poke()
+            wait_for(lambda: len(seen.seen) == 1)
+            control.check_health()
+        finally:
+            control.__del__()
+    (request,) = seen.seen
+    client = openai.OpenAI(api_key="none", webhook_secret=made["signing_secret"])
+    assert client.webhooks.unwrap(request.body, request.headers).data.id == job.id
+    with pytest.raises(TuneloomError, match="ended"):
+        control.check_health()

@@ -118,10 +118,19 @@ class Dispatcher:
                 continue
             owners[row.owner] += 1
             endpoints[row.endpoint_id] += 1
-            with self._lock:
-                self._sending[row.id] = row
-            threading.Thread(target=self._run, args=(stored,), name=f"webhook-{row.id}", daemon=True).start()
+            self._start(stored)
         return passed
+
+    def _start(self, stored: Stored[WebhookDelivery]) -> None:
+        id = stored.value.id
+        with self._lock:
+            self._sending[id] = stored.value
+        try:
+            threading.Thread(target=self._run, args=(stored,), name=f"webhook-{id}", daemon=True).start()
+        except RuntimeError:  # the system gives no more threads
+            with self._lock:
+                del self._sending[id]
+            raise
 
     def _put_off(self, passed: Sequence[Stored[WebhookDelivery]], now: float) -> None:
         places = Counter[str]()
