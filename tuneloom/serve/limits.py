@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tuneloom.config import Settings
 from tuneloom.domain import Principal, Target, new_id
@@ -78,18 +78,18 @@ class Limits:
     async def take(self, charges: Sequence[Charge], places: Sequence[Place], cost: Cost) -> Admission:
         """Take all of it or nothing, as `taken` of what comes back says. Raises Overloaded as `check_shared` does."""
         holder = new_id("", 16) if places else ""
-        counting = asyncio.ensure_future(self._count(charges, places, holder, cost))
-        try:
-            taken, counters = await asyncio.shield(counting)
-        except asyncio.CancelledError:
-            counting.add_done_callback(lambda done: self._give_back(done, charges, places, holder))
-            raise
+        taken, counters = await self._count(charges, places, holder, cost)
         admission = Admission(counters, charges, places, taken, holder, self._settle)
         if admission.places:
             self._with_places.add(admission)
             if self._holding is None:
                 self._holding = asyncio.create_task(self._hold())
         return admission
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether anybody was refused lately."""
+        return bool(self._refused)
 
     def find_refusal(self, charges: Sequence[Charge]) -> tuple[RateLimited, Mapping[str, str]] | None:
         """The error and headers with which somebody was refused a moment ago."""
@@ -155,14 +155,6 @@ class Limits:
         self._refused.clear()
         self._watch(is_shared)
 
-    def _give_back(
-        self, done: "asyncio.Future[Any]", charges: Sequence[Charge], places: Sequence[Place], holder: str
-    ) -> None:
-        """What was taken for somebody who has left meanwhile."""
-        if not done.cancelled() and done.exception() is None:
-            taken, counters = done.result()
-            Admission(counters, charges, places, taken, holder, self._settle).finish()
-
     def _settle(
         self, admission: Admission, corrections: Sequence[Correction], left: Sequence[Place]
     ) -> asyncio.Task[None]:
@@ -210,7 +202,8 @@ class Gate:
         """Admit a request that calls no model; of a call only see whether it was refused a moment ago."""
         limits, policies = self._limits, self._limits.policies
         if self._cost == "call":
-            self._check_remembered(policies.call_charges(self._caller, None, 0, 0))
+            if limits.has_refused:
+                self._check_remembered(policies.call_charges(self._caller, None, 0, 0))
             return
         limits.check_shared(self._cost)
         if self._cost == "spending":

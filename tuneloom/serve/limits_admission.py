@@ -56,6 +56,8 @@ class Admission:
         # Those that are held still.
         self.places = list(places) if taken.is_admitted else []
         self._settle = settle
+        # Nobody else gets in until this one leaves.
+        self._has_last_place = any(held + 1 >= place.limit for held, place in zip(taken.held, places, strict=True))
         self._is_finished = not taken.is_admitted
         self._prompt_tokens = 0
         self._characters = 0
@@ -84,9 +86,8 @@ class Admission:
             self._used = self._prompt_tokens = frame.prompt_tokens
         elif isinstance(frame, Finished):
             self._used = frame.usage.prompt_tokens + frame.usage.completion_tokens
-            has_places = bool(self.places)
             settling = self.finish()
-            if settling is not None and has_places:
+            if settling is not None and self._has_last_place:
                 # Before the client hears the end and sends its next request.
                 await asyncio.shield(settling)
         else:

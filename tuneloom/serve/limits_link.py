@@ -7,9 +7,9 @@ a failure every call is refused at once, and Redis is asked in the background un
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import redis.asyncio
 from redis.exceptions import NoScriptError, RedisError, ResponseError
@@ -25,7 +25,6 @@ PROBE_EVERY_S = 0.5
 MAX_BATCH = 128
 
 Command = tuple[Any, ...]
-T = TypeVar("T")
 
 
 class Link:
@@ -55,15 +54,17 @@ class Link:
         self._prober: asyncio.Task[None] | None = None
         self.is_up = True
 
-    async def run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        """What the script returns. Raises CountersDown, within about SLICES * SLICE_S."""
+    def send(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> asyncio.Future[Any]:
+        """Of what the script returns, or CountersDown within about SLICES * SLICE_S."""
+        loop = asyncio.get_running_loop()
+        coming: asyncio.Future[Any] = loop.create_future()
         if not self.is_up:
-            raise CountersDown
-        coming: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            coming.set_exception(CountersDown())
+            return coming
         self._waiting.append(((script, len(keys), *keys, *arguments), coming))
         if self._pump is None:
-            self._pump = asyncio.create_task(self._work())
-        return await coming
+            self._pump = loop.create_task(self._work())
+        return coming
 
     async def close(self) -> None:
         for task in (self._pump, self._prober):
@@ -79,7 +80,8 @@ class Link:
             while self._waiting:
                 batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
                 try:
-                    replies = await _patiently(self._exchange([call for call, _ in batch]))
+                    async with _Patience():
+                        replies = await self._exchange([call for call, _ in batch])
                 except CountersDown as error:
                     self._give_up(error, batch)
                     return
@@ -107,7 +109,8 @@ class Link:
         while not self.is_up:
             await asyncio.sleep(PROBE_EVERY_S)
             with contextlib.suppress(CountersDown):
-                await _patiently(self._exchange([self._probe]))
+                async with _Patience():
+                    await self._exchange([self._probe])
                 self.is_up = True
         logger.warning("Redis counts again: limits are kept for all gateways together")
         self._on_change(True)
@@ -177,16 +180,31 @@ def _checked(reply: Any) -> Any:
     return reply
 
 
-async def _patiently(work: Awaitable[T]) -> T:
-    """The result of `work`, for which there is only so much time in which nothing else is done."""
-    working = asyncio.ensure_future(work)
-    try:
-        for _ in range(SLICES):
-            done, _ = await asyncio.wait({working}, timeout=SLICE_S)
-            if done:
-                return working.result()
-        raise CountersDown(f"no answer within {SLICES * SLICE_S:g} s")
-    finally:
-        if not working.done():
-            working.cancel()
-            await asyncio.wait({working})
+class _Patience:
+    """A block that is given up after SLICES of SLICE_S, each of which ends only when the event loop comes to it.
+
+    Raises:
+        CountersDown: it was given up.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._left = SLICES
+        self._is_over = False
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer = self._loop.call_later(SLICE_S, self._tick)
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._timer.cancel()
+        if self._is_over and isinstance(error, asyncio.CancelledError) and self._task and not self._task.uncancel():
+            raise CountersDown(f"no answer within {SLICES * SLICE_S:g} s") from error
+
+    def _tick(self) -> None:
+        self._left -= 1
+        if self._left:
+            self._timer = self._loop.call_later(SLICE_S, self._tick)
+        elif self._task:
+            self._is_over = True
+            self._task.cancel()

@@ -3,6 +3,7 @@
 The time is that of Redis, so that gateways need not agree on one. Every key has the same hash tag and an end.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,26 +14,44 @@ PREFIX = "{tuneloom}:"
 # A gateway that died leaves its places after so long; the others renew theirs before.
 PLACE_LIFE_S = 30.0
 
-_NOW = """
+# A window is `start before used` in one string. `numbers` are all numbers of ARGV[1], each with its place.
+_HEAD = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local numbers = {}
+for word in string.gmatch(ARGV[1], '%S+') do
+    numbers[#numbers + 1] = tonumber(word)
+end
+local function read(key)
+    local found = redis.call('GET', key)
+    if not found then
+        return nil
+    end
+    local start, before, used = string.match(found, '(%S+) (%S+) (%S+)')
+    return tonumber(start), tonumber(before), tonumber(used)
+end
+local function write(key, start, before, used, life)
+    redis.call('SET', key, string.format('%.0f %.0f %.0f', start, before, used), unpack(life))
+end
 """
 
-# KEYS: windows, then places. ARGV: number of windows, life of a place, holder; size, limit and cost of each window;
-# limit of each place. Returns now, whether all was taken; start, before and used of each window; held of each place.
+# KEYS: windows, then places. Numbers: number of windows, life of a place; size, limit and cost of each window; limit of
+# each place. ARGV[2]: holder. Returns now, whether all was taken; start, before and used of each window; held of each
+# place.
 _TAKE = (
-    _NOW
+    _HEAD
     + """
-local windows, life, holder = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+local windows, life, holder = numbers[1], numbers[2], ARGV[2]
 local places = #KEYS - windows
-local admitted, at = 1, 4
-local starts, befores, useds, costs, sizes, held = {}, {}, {}, {}, {}, {}
+local admitted, at = 1, 3
+local reply = {now, 1}
 for i = 1, windows do
-    local size, limit, cost = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+    local size, limit, cost = numbers[at], numbers[at + 1], numbers[at + 2]
     at = at + 3
-    local found = redis.call('HMGET', KEYS[i], 's', 'b', 'u')
-    local start = tonumber(found[1] or now)
-    local before, used = tonumber(found[2] or 0), tonumber(found[3] or 0)
+    local start, before, used = read(KEYS[i])
+    if not start then
+        start, before, used = now, 0, 0
+    end
     local age = now - start
     if age < 0 then
         start = now
@@ -44,25 +63,26 @@ for i = 1, windows do
     if cost > 0 and used + before * (size - (now - start)) / size + cost > limit then
         admitted = 0
     end
-    starts[i], befores[i], useds[i], costs[i], sizes[i] = start, before, used, cost, size
+    reply[3 * i], reply[3 * i + 1], reply[3 * i + 2] = start, before, used
 end
 for i = 1, places do
     local key = KEYS[windows + i]
     redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
-    held[i] = redis.call('ZCARD', key)
+    local held = redis.call('ZCARD', key)
     if redis.call('ZSCORE', key, holder) then
-        held[i] = held[i] - 1
+        held = held - 1
     end
-    if held[i] >= tonumber(ARGV[at + i - 1]) then
+    if held >= numbers[at + i - 1] then
         admitted = 0
     end
+    reply[2 + 3 * windows + i] = held
 end
 if admitted == 1 then
     for i = 1, windows do
-        if costs[i] > 0 then
-            useds[i] = useds[i] + costs[i]
-            redis.call('HSET', KEYS[i], 's', starts[i], 'b', befores[i], 'u', useds[i])
-            redis.call('PEXPIRE', KEYS[i], 2 * sizes[i])
+        local size, cost = numbers[3 * i], numbers[3 * i + 2]
+        if cost > 0 then
+            reply[3 * i + 2] = reply[3 * i + 2] + cost
+            write(KEYS[i], reply[3 * i], reply[3 * i + 1], reply[3 * i + 2], {'PX', 2 * size})
         end
     end
     for i = 1, places do
@@ -70,54 +90,44 @@ if admitted == 1 then
         redis.call('PEXPIRE', KEYS[windows + i], life)
     end
 end
-local reply = {now, admitted}
-for i = 1, windows do
-    reply[#reply + 1] = starts[i]
-    reply[#reply + 1] = befores[i]
-    reply[#reply + 1] = useds[i]
-end
-for i = 1, places do
-    reply[#reply + 1] = held[i]
-end
-return reply
+reply[2] = admitted
+return table.concat(reply, ' ')
 """
 )
 
-# KEYS: windows, then places. ARGV: number of windows, holder; size, start and correction of each window.
+# KEYS: windows, then places. Numbers: number of windows; size, start and correction of each. ARGV[2]: holder.
 _SETTLE = (
-    _NOW
+    _HEAD
     + """
-local windows, holder, at = tonumber(ARGV[1]), ARGV[2], 3
+local windows, at = numbers[1], 2
 for i = 1, windows do
-    local size, start, by = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+    local size, wanted, by = numbers[at], numbers[at + 1], numbers[at + 2]
     at = at + 3
-    local found = redis.call('HMGET', KEYS[i], 's', 'b', 'u')
-    local begun = tonumber(found[1] or '')
-    if not begun then
+    local start, before, used = read(KEYS[i])
+    if not start then
         if by > 0 then
-            redis.call('HSET', KEYS[i], 's', now, 'b', 0, 'u', by)
-            redis.call('PEXPIRE', KEYS[i], 2 * size)
+            write(KEYS[i], now, 0, by, {'PX', 2 * size})
         end
-    elseif by > 0 or begun == start then
-        redis.call('HSET', KEYS[i], 'u', math.max(0, tonumber(found[3]) + by))
-    elseif begun == start + size then
-        redis.call('HSET', KEYS[i], 'b', math.max(0, tonumber(found[2]) + by))
+    elseif by > 0 or start == wanted then
+        write(KEYS[i], start, before, math.max(0, used + by), {'KEEPTTL'})
+    elseif start == wanted + size then
+        write(KEYS[i], start, math.max(0, before + by), used, {'KEEPTTL'})
     end
 end
 for i = windows + 1, #KEYS do
-    redis.call('ZREM', KEYS[i], holder)
+    redis.call('ZREM', KEYS[i], ARGV[2])
 end
 return 1
 """
 )
 
-# KEYS: places. ARGV: life of a place, holder.
+# KEYS: places. Numbers: life of a place. ARGV[2]: holder.
 _HOLD = (
-    _NOW
+    _HEAD
     + """
 for i = 1, #KEYS do
-    redis.call('ZADD', KEYS[i], now + ARGV[1], ARGV[2])
-    redis.call('PEXPIRE', KEYS[i], ARGV[1])
+    redis.call('ZADD', KEYS[i], now + numbers[1], ARGV[2])
+    redis.call('PEXPIRE', KEYS[i], numbers[1])
 end
 return 1
 """
@@ -125,7 +135,7 @@ return 1
 
 _SCRIPTS = {"take": _TAKE, "settle": _SETTLE, "hold": _HOLD}
 # Redis may answer and yet take no writes: this one is refused then too.
-_PROBE = ("take", 1, f"{PREFIX}probe", 1, 0, "", 1000, 1_000_000, 1)
+_PROBE = ("take", 1, f"{PREFIX}probe", "1 0 1000 1000000 1", "")
 
 
 class RedisCounters:
@@ -133,32 +143,69 @@ class RedisCounters:
 
     def __init__(self, url: str, password_file: Path | None, on_change: Callable[[bool], None]) -> None:
         self._link = Link(url, password_file, _SCRIPTS, _PROBE, on_change)
+        self._work: set[asyncio.Future[None]] = set()
 
     @property
     def is_up(self) -> bool:
         return self._link.is_up
 
     async def take(self, charges: Sequence[Charge], places: Sequence[Place], holder: str) -> Taken:
-        arguments: list[object] = [len(charges), int(PLACE_LIFE_S * 1000), holder]
+        numbers = [len(charges), int(PLACE_LIFE_S * 1000)]
         for charge in charges:
-            arguments += (charge.size_ms, charge.limit, charge.cost)
-        arguments += [place.limit for place in places]
-        now_ms, is_admitted, *rest = await self._link.run("take", _keys(charges, places), arguments)
-        num_levels = 3 * len(charges)
-        levels = [Level(*rest[i : i + 3], now_ms) for i in range(0, num_levels, 3)]
-        return Taken(bool(is_admitted), tuple(levels), tuple(rest[num_levels:]))
+            numbers += (charge.size_ms, charge.limit, charge.cost)
+        numbers += [place.limit for place in places]
+        coming = self._link.send("take", _keys(charges, places), (_words(numbers), holder))
+        try:
+            reply = await asyncio.shield(coming)
+        except asyncio.CancelledError:
+            coming.add_done_callback(lambda done: self._give_back(done, charges, places, holder))
+            raise
+        return _taken(reply, charges)
 
     async def settle(self, corrections: Sequence[Correction], left: Sequence[Place], holder: str) -> None:
-        arguments: list[object] = [len(corrections), holder]
+        numbers = [len(corrections)]
         for correction in corrections:
-            arguments += (correction.charge.size_ms, correction.start_ms, correction.by)
-        await self._link.run("settle", _keys([c.charge for c in corrections], left), arguments)
+            numbers += (correction.charge.size_ms, correction.start_ms, correction.by)
+        await self._link.send("settle", _keys([c.charge for c in corrections], left), (_words(numbers), holder))
 
     async def hold(self, places: Sequence[Place], holder: str) -> None:
-        await self._link.run("hold", _keys((), places), [int(PLACE_LIFE_S * 1000), holder])
+        await self._link.send("hold", _keys((), places), (int(PLACE_LIFE_S * 1000), holder))
 
     async def close(self) -> None:
         await self._link.close()
+
+    def _give_back(
+        self, done: "asyncio.Future[bytes]", charges: Sequence[Charge], places: Sequence[Place], holder: str
+    ) -> None:
+        """What was taken for somebody who has left before the answer."""
+        if done.cancelled() or done.exception() is not None:
+            return
+        taken = _taken(done.result(), charges)
+        if taken.is_admitted:
+            back = [
+                Correction(charge, level.start_ms, -charge.cost)
+                for charge, level in zip(charges, taken.levels, strict=True)
+            ]
+            work = asyncio.ensure_future(self.settle(back, places, holder))
+            self._work.add(work)
+            work.add_done_callback(self._end)
+
+    def _end(self, work: "asyncio.Future[None]") -> None:
+        self._work.discard(work)
+        if not work.cancelled():
+            # Redis is away: it goes by itself.
+            work.exception()
+
+
+def _taken(reply: bytes, charges: Sequence[Charge]) -> Taken:
+    now_ms, is_admitted, *rest = map(int, reply.split())
+    num_levels = 3 * len(charges)
+    levels = tuple(Level(rest[i], rest[i + 1], rest[i + 2], now_ms) for i in range(0, num_levels, 3))
+    return Taken(bool(is_admitted), levels, tuple(rest[num_levels:]))
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def _keys(charges: Sequence[Charge], places: Sequence[Place]) -> list[str]:
