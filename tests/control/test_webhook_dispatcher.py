@@ -15,7 +15,7 @@ from tests.control.test_outbox import add_endpoint, rows
 from tuneloom.config import Settings, WebhookSettings
 from tuneloom.control import outbox
 from tuneloom.control.deployment import ControlLoop
-from tuneloom.control.webhook_dispatcher import LEASE_S, Dispatcher
+from tuneloom.control.webhook_dispatcher import LEASE_S, UNSIGNED, Dispatcher
 from tuneloom.control.webhook_secrets import new_secret, open_vault
 from tuneloom.control.webhook_sender import PAUSES_S, Outcome, Sender
 from tuneloom.domain import WebhookDelivery, WebhookTry
@@ -337,13 +337,14 @@ def test_owners_take_turns(world):
     assert world.sender.most["all"] == 4
 
 
-def test_a_secret_that_cannot_be_read_is_a_failure_like_others(world):
+def test_a_secret_that_cannot_be_read_is_a_failure_like_others(world, caplog):
     world.endpoint()
     world.change("we_1", secret="nonsense")
     world.happen()
     world.tick()
     row = world.row()
-    assert (row.state, world.sender.sent) == ("pending", []) and "cannot be decrypted" in row.tries[0].error
+    assert (row.state, world.sender.sent, row.tries[0].error) == ("pending", [], UNSIGNED)
+    assert "cannot be decrypted" in caplog.text and "webhooks.key_file" not in UNSIGNED
 
 
 def test_what_ended_long_ago_is_swept(world):

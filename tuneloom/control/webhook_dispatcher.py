@@ -36,6 +36,8 @@ PUT_OFF_S = 5.0
 PUT_OFF_EACH_S = 0.2
 SWEEP_BATCH = 200
 KEPT_TRIES = 10
+# What its owner reads; where the keys are is the operator's to know.
+UNSIGNED = "It could not be signed: the service cannot read the secret. Its operator's log says why."
 
 
 class Post(Protocol):
@@ -179,7 +181,7 @@ class Dispatcher:
             keys = self._vault().secrets_of(endpoint, now)
         except TuneloomError as error:
             logger.error("delivery cannot be signed: %s: %s", row.id, error)
-            return Outcome(WebhookTry(at=now, seconds=0.0, error=error.message))
+            return Outcome(WebhookTry(at=now, seconds=0.0, error=UNSIGNED))
         return self._sender.send(endpoint.url, row, keys)
 
     def _record(self, leased: WebhookDelivery, outcome: Outcome) -> None:
