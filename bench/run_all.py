@@ -17,7 +17,7 @@ COMMAND = "python -m bench.run_all --vllm-python VENV/bin/python --vllm-preload 
 GROUPS = {
     "Serving": (
         *("ceilings", "work", "against_vllm", "over_http", "many_adapters", "prefix"),
-        *("fairness", "hot_swap", "soak"),
+        *("fairness", "hot_swap", "soak", "limits"),
     ),
     "Training": ("validate", "training", "demo", "beside", "estimate", "overhead", "kills"),
 }

@@ -1,0 +1,17 @@
+"""The script that measures what limits cost runs; its numbers are for quiet machines."""
+
+import json
+from pathlib import Path
+
+from bench import limits
+from tests.parts import servers
+
+
+def test_each_side_is_measured_and_limits_are_really_counted(tmp_path: Path, redis_server: servers.Server):
+    path = tmp_path / "found.json"
+    limits.main(["--quick", "--json", str(path)])
+    found = json.loads(path.read_text())
+    measured = {measure["name"]: measure["values"] for measure in found["measures"]}
+    assert {limits.BARE, limits.UNLIMITED, limits.MEMORY, limits.REDIS, limits.LIBRARY} <= measured.keys()
+    assert all(len(values) == 20 and min(values) > 0 for values in measured.values())
+    assert len(found["ratios"]) == 6
