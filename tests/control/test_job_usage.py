@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 
 from tests.control.test_reconcile import SETTINGS, World
+from tuneloom.config import UsageSettings
 from tuneloom.control import jobs
-from tuneloom.domain import Job, JobError
+from tuneloom.control.sweep import sweep_usage
+from tuneloom.domain import Amounts, Job, JobError, Used
 from tuneloom.store import Store, usage
 from tuneloom.store.usage import Usage
+from tuneloom.store.usage_writer import final_part
 
 PRICED = SETTINGS.model_copy(update={"price_per_hour": 36.0})
 
@@ -95,3 +98,15 @@ def test_a_job_that_never_trained_is_not_counted(world: World, api: Any):
     api.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
     world.tick(3)
     assert world.job(job["id"]).state == "cancelled" and counted(world) == []
+
+
+def test_control_folds_past_hours_and_keeps_them_as_long_as_the_settings_say(store: Store):
+    now = 1.8e9
+    used = Used(kind="inference", base="b", model="b")
+    for days in (0, 5):
+        part = final_part("ada", f"x{days}", now - days * 24 * 3600 - 2 * 3600, used, Amounts(requests=1))
+        store.records.commit(part)
+    sweep_usage(store, UsageSettings(retention_days=6), lambda: now)
+    assert store.records.usage_parts.query() == [] and len(store.records.usage_rows.query()) == 2
+    sweep_usage(store, UsageSettings(retention_days=4), lambda: now)
+    assert len(store.records.usage_rows.query()) == 1

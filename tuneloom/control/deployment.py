@@ -17,14 +17,13 @@ from tuneloom.control.drafting.tasks import RayTasks
 from tuneloom.control.file_checks import FileChecks
 from tuneloom.control.launcher import RayJobsLauncher, ray_jobs_client, ray_room
 from tuneloom.control.reconcile import Reconciler
-from tuneloom.control.sweep import sweep
+from tuneloom.control.sweep import sweep, sweep_usage
 from tuneloom.control.webhook_dispatcher import Dispatcher
 from tuneloom.control.webhook_secrets import open_vault
 from tuneloom.control.webhook_sender import Sender
 from tuneloom.errors import TuneloomError
 from tuneloom.store import open_store
 from tuneloom.store.records import Records
-from tuneloom.store.usage_rollup import drop_old, roll_up
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +136,8 @@ class Control:
         )
         self._outbox, self._webhooks = outbox_loop(self._store.records, tree)
 
-        def roll_up_usage() -> None:
-            now = time.time()
-            roll_up(self._store.records, now)
-            drop_old(self._store.records, now, keep_s=tree.usage.retention_days * 24 * 3600.0)
-
         # In a thread of its own: jobs do not wait for a busy hour to be folded.
-        self._usage = ControlLoop([], roll_up_usage, SWEEP_INTERVAL_S, name="usage")
+        self._usage = ControlLoop([], lambda: sweep_usage(self._store, tree.usage), SWEEP_INTERVAL_S, name="usage")
         self._usage.start()
         self._outbox.start()
         self._loop.start()

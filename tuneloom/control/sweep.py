@@ -4,9 +4,11 @@ import logging
 import time
 from collections.abc import Callable
 
+from tuneloom.config import UsageSettings
 from tuneloom.control import audit, departures, files, repeat
 from tuneloom.store import Store
 from tuneloom.store.base import Range, StoreConflict, Write
+from tuneloom.store.usage_rollup import drop_old, roll_up
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,13 @@ def sweep(store: Store, clock: Callable[[], float] = time.time, *, audit_days: i
             step(store, now)
         except StoreConflict:
             logger.info("sweep met a writer, the next round goes on: %s", step.__name__)
+
+
+def sweep_usage(store: Store, settings: UsageSettings, clock: Callable[[], float] = time.time) -> None:
+    """Fold what was used in past hours, and remove what is kept no longer; some seconds of a busy hour at once."""
+    now = clock()
+    roll_up(store.records, now)
+    drop_old(store.records, now, keep_s=settings.retention_days * 24 * 3600.0)
 
 
 def _sweep_files(store: Store, now: float) -> None:
