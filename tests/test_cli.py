@@ -16,6 +16,7 @@ from tests.test_bases import write_gguf
 from tuneloom import cli, cluster, config
 from tuneloom.domain import LOCAL_OWNER
 from tuneloom.store import open_store
+from tuneloom.store.keys import find_secret
 
 BASE = "tiny/llama"
 
@@ -110,12 +111,67 @@ def test_keys_are_made_listed_and_revoked(shell: Shell):
     assert listed["revoked_at"] is not None and "hash" not in listed
 
 
+def test_a_key_is_changed_rotated_and_shown(shell: Shell, tiny_home: Path):
+    limits = ["--requests-per-minute", "5", "--tokens-per-minute", "900"]
+    assert shell("keys", "create", "--model", "old-name", *limits) == 0
+    first = shell.out.strip()
+    assert shell("keys", "list", "--json") == 0
+    id = json.loads(shell.out)[0]["id"]
+    assert shell("keys", "update", id, "--name", "phone", "--requests-per-day", "50", "--expires-in", "2d") == 0
+    assert shell("keys", "show", id) == 0
+    shown = json.loads(shell.out)
+    rates = {"requests_per_minute": 5, "requests_per_day": 50, "tokens_per_minute": 900}
+    assert (shown["name"], shown["models"]) == ("phone", [BASE])
+    assert {name: shown["rates"][name] for name in rates} == rates
+    assert shown["expires_at"] > time.time() and "hash" not in shown and "pepper" not in shown
+
+    assert shell("keys", "rotate", id, "--overlap", "1h") == 0
+    second = shell.out.strip()
+    assert second != first and second not in shell.err and "old secret ends" in shell.err
+    assert shell("keys", "update", id, "--model", "all", "--expires-in", "never") == 0
+    assert shell("keys", "show", id) == 0
+    shown = json.loads(shell.out)
+    assert (shown["models"], shown["expires_at"]) == ([], None)
+    assert shown["previous_secret_ends_at"] > time.time()
+
+
+def test_the_pepper_rotates_and_keys_go_on(shell: Shell):
+    assert shell("keys", "create") == 0
+    secret = shell.out.strip()
+    before = config.read_pepper(config.load(shell.home))
+    assert shell("keys", "rotate-pepper") == 0
+    assert "1 older ones are still needed" in shell.out
+    pepper = config.read_pepper(config.load(shell.home))
+    assert pepper.id != before.id
+    store = open_store(config.load(shell.home))
+    assert find_secret(store.records, pepper.hashes(secret)) is not None
+    store.close()
+
+
+def test_what_commands_do_is_in_the_audit_log(shell: Shell):
+    for arguments in (["create", "--owner", "ada"], ["create"], ["rotate-pepper"]):
+        assert shell("keys", *arguments) == 0
+    assert shell("audit", "--json") == 0
+    entries = json.loads(shell.out)
+    assert [entry["action"] for entry in entries] == ["pepper.rotated", "api_key.created", "api_key.created"]
+    assert {entry["actor"]["kind"] for entry in entries} == {"cli"}
+    assert shell("audit", "--owner", "ada") == 0
+    assert shell.out.count("api_key.created") == 1
+    assert shell("audit", "--type", "pepper.rotated", "--limit", "1") == 0
+    assert len(shell.out.splitlines()) == 2
+    assert shell("audit", "--since", "soon") == 1 and "`since`" in shell.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["create", "--scope", "everything"], "Unknown scope 'everything'"),
         (["create", "--expires-in", "soon"], "Invalid `expires_in`"),
         (["create", "--owner", "../x"], "Invalid `owner`"),
+        (["create", "--model", "no-bot"], "no model or base `no-bot`"),
+        (["update", "key_none", "--name", "x"], "No such key: `key_none`"),
+        (["update", "key_none"], "Say what to change"),
+        (["rotate", "key_none", "--overlap", "1y"], "No such key: `key_none`"),
         (["revoke", "key_none"], "No such key: `key_none`"),
     ],
 )

@@ -13,6 +13,8 @@ JOBS = "/v1/fine_tuning/jobs"
 OURS = "/v1/tuneloom/models"
 DRAFTS = "/v1/tuneloom/drafts"
 HOOKS = "/v1/tuneloom/webhooks"
+KEYS = "/v1/tuneloom/keys"
+AUDIT = "/v1/tuneloom/audit"
 OPENAI_HOOKS = "/v1/webhook_endpoints"
 PART = {"files": {"data": ("part", b"x")}}
 
@@ -50,6 +52,8 @@ def hers(api) -> dict[str, str]:
         "CHECKPOINT": checkpoint.name.replace("/", "%2F"),
         "HOOK": endpoint,
         "DELIVERY": delivery.id,
+        "KEY": api.post(KEYS, json={"scopes": ["training"]}, key="ada:training,account").json()["id"],
+        "AUDIT": api.get(AUDIT, key="ada:account").json()["data"][0]["id"],
         "EVENT": api.get(f"{JOBS}/{job['id']}/events").json()["data"][0]["id"],
     }
 
@@ -97,6 +101,14 @@ def hers(api) -> dict[str, str]:
         ("POST", f"{OURS}/MODEL/rollback", {}),
         ("GET", f"{OURS}/MODEL/adapter", {}),
         ("GET", f"{OURS}/FT/adapter", {}),
+        ("GET", f"{KEYS}/KEY", {}),
+        ("POST", f"{KEYS}/KEY", {"json": {"name": "mine"}}),
+        ("POST", f"{KEYS}/KEY", {"json": {"nonsense": 1}}),
+        ("POST", f"{KEYS}/KEY/rotate", {"json": {}}),
+        ("POST", f"{KEYS}/KEY/revoke", {}),
+        ("DELETE", f"{KEYS}/KEY", {}),
+        ("GET", f"{AUDIT}?after=AUDIT", {}),
+        ("GET", f"{AUDIT}?before=AUDIT", {}),
         ("GET", f"{HOOKS}/HOOK", {}),
         ("GET", f"{HOOKS}?after=HOOK", {}),
         ("POST", f"{HOOKS}/HOOK", {"json": {"enabled": False}}),
@@ -141,7 +153,7 @@ def test_foreign_and_absent_are_answered_alike(api, hers, method, path, options)
 
 
 def test_lists_hold_only_what_is_the_callers(api, hers):
-    for path in ("/v1/files", JOBS, OURS, HOOKS):
+    for path in ("/v1/files", JOBS, OURS, HOOKS, KEYS, AUDIT):
         assert api.get(path, key="bob:training,account").json()["data"] == []
         assert api.get(path, key="ada:training,account").json()["data"] != []
     names = [model["id"] for model in api.get("/v1/models", key="bob:training").json()["data"]]

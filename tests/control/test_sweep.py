@@ -1,8 +1,9 @@
 import time
 from pathlib import Path
 
+from tuneloom.control import audit
 from tuneloom.control.sweep import sweep
-from tuneloom.domain import Job, JobSpec
+from tuneloom.domain import AuditTarget, Job, JobSpec
 from tuneloom.store import Store, open_blobs, open_documents
 from tuneloom.store.records import Records
 
@@ -24,3 +25,14 @@ def test_states_of_ended_jobs_go_and_those_of_others_stay(tmp_path: Path) -> Non
     sweep(store)
 
     assert [bool(store.blobs.list(f"jobs/{name}/states")) for name in kinds] == [False, True, True]
+
+
+def test_entries_of_the_audit_log_go_after_the_days_that_are_set(store: Store) -> None:
+    made = audit.entry(audit.cli_actor(), "a.made", AuditTarget(owner="ada", type="thing", id="x"))
+    store.records.commit(made)
+    now = store.records.audit_entries.get(made.id).value.created_at
+
+    sweep(store, lambda: now + 3 * 86400 - 1, audit_days=3)
+    assert store.records.audit_entries.find(made.id) is not None
+    sweep(store, lambda: now + 3 * 86400 + 1, audit_days=3)
+    assert store.records.audit_entries.find(made.id) is None

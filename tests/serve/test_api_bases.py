@@ -191,3 +191,17 @@ async def test_a_replica_follows_the_pins_of_the_store(service: Service, store: 
         await follower.follow_once()
         assert pinned == {second.sha256}
     await follower.stop()
+
+
+async def test_what_operators_do_to_adapters_is_in_the_audit_log(service: Service, admin: httpx2.AsyncClient) -> None:
+    version = service.add_version("eve", "bot")
+    for action in ("prewarm", "pin", "unpin", "unload"):
+        await act(admin, action, model="bot", owner="eve")
+    entries = [
+        stored.value for stored in service.store.records.audit_entries.query({"owner": "eve"}, order_by="created_at")
+    ]
+    done = ("prewarmed", "pinned", "unpinned", "unloaded")
+    assert [entry.action for entry in entries] == [f"base.adapter.{participle}" for participle in done]
+    for entry in entries:
+        assert (entry.actor.owner, entry.target.name, entry.target.id) == ("ada", "bot", version.adapter.sha256)
+        assert (entry.data, entry.actor.request_id is not None) == ({"base": BASE}, True)
