@@ -56,12 +56,18 @@ class Ledger:
             "reserved_output": 0,
             "model_version": model_version or drafter.model_version,
         }
+        blob = None
         if rows:
             # The attempt is in its name: what a lost one has written, and not noted, is in nobody's way.
             blob = f"drafts/{drafter.draft_id}/d{drafter.number}-b{len(drafter.batches)}-a{drafter.attempt}"
             self._store.blobs.write(blob, b"".join(encode(row) + b"\n" for row in rows))
             changes["batches"] = (*drafter.batches, DraftBatch(blob=blob, rows=len(rows), at=self._clock()))
-        self._write(**changes)
+        try:
+            self._write(**changes)
+        except Fenced:
+            if blob is not None:
+                self._drop(blob)
+            raise
 
     def end(self, outcome: str | None, error: JobError | None = None) -> None:
         """The last word of this attempt."""
@@ -84,6 +90,12 @@ class Ledger:
         while not self._ended.wait(interval_s):
             with contextlib.suppress(Fenced, Overloaded):
                 self._write()
+
+    def _drop(self, blob: str) -> None:
+        """Remove what came too late, unless it was noted and only the answer was lost."""
+        found = self._store.records.drafters.find(self.drafter.id)
+        if found is None or all(batch.blob != blob for batch in found.value.batches):
+            self._store.blobs.delete(blob)
 
     def _write(self, **changes: Any) -> None:
         """Raises Fenced if somebody else has written the record since."""

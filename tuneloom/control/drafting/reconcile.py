@@ -12,29 +12,22 @@ import concurrent.futures
 import logging
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from tuneloom.config import DraftingSettings
-from tuneloom.control import outbox
 from tuneloom.control.drafting.collect import Collected, collect
-from tuneloom.control.drafting.prompts import PROMPTS_SHA256
+from tuneloom.control.drafting.outcome import ended, store_file, telling
 from tuneloom.control.drafting.tasks import DrafterTasks
 from tuneloom.domain import (
-    ROLE_TEMPERATURES,
     Draft,
     DraftCounts,
     DraftEnd,
     Drafter,
-    DrafterReport,
-    EventType,
-    File,
     JobError,
 )
 from tuneloom.store import Store
 from tuneloom.store.base import StoreConflict, Write
-from tuneloom.store.records import Records, Stored
-from tuneloom.store.usage_writer import record_draft
+from tuneloom.store.records import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -235,25 +228,11 @@ class Drafts:
     def _finish(self, stored: Stored[Draft], drafters: list[Stored[Drafter]], collected: Collected) -> None:
         draft, now = stored.value, self._clock()
         values = [each.value for each in drafters]
-        after = _ended(draft, values, collected, self._end_of(draft, drafters), now)
+        after = ended(draft, values, collected, self._end_of(draft, drafters), now)
         writes: list[Write] = [self._records.drafters.delete(each) for each in drafters]
         if collected.lines:
-            blob = f"files/{draft.target_file}"
-            # Whoever collects the same batches writes the same bytes.
-            sha256 = self._store.blobs.write(blob, b"".join(collected.lines))
-            file = File(
-                id=draft.target_file,
-                owner=draft.owner,
-                filename=f"{draft.id}.jsonl",
-                purpose="fine-tune",
-                size_bytes=sum(map(len, collected.lines)),
-                sha256=sha256,
-                blob=blob,
-                created_at=now,
-                provenance=after.provenance,
-            )
-            writes.append(self._records.files.create(file))
-        writes += [*_told(self._records, after, now), _usage(after, now)]
+            writes.append(self._records.files.create(store_file(self._store, after, collected, now)))
+        writes += telling(self._records, after, now)
         self._records.commit(self._records.drafts.replace(stored, after), *writes)
         for drafter in values:
             self._tasks.stop(drafter.handle)
@@ -299,101 +278,3 @@ def _limits(draft: Draft, spent: DraftCounts, among: int, own: DraftCounts | Non
         left = spec.max_cost - spec.price.cost(spent.input_tokens, spent.output_tokens)
         limits["cost_limit"] = spec.price.cost(own.input_tokens, own.output_tokens) + max(0.0, left) / among
     return limits
-
-
-def _ended(draft: Draft, drafters: list[Drafter], collected: Collected, reason: DraftEnd | None, now: float) -> Draft:
-    rows, error = len(collected.lines), next((each.error for each in drafters if each.error is not None), None)
-    is_whole = rows == draft.spec.rows
-    ended_by: DraftEnd = "target" if is_whole else reason or _reason(drafters, error)
-    state = "cancelled" if ended_by == "cancelled" else "succeeded" if rows else "failed"
-    counts = collected.counts(drafters)
-    if state == "failed" and error is None:
-        error = JobError(code=f"draft_{ended_by}", message=_MESSAGES[ended_by])
-    changes = {
-        "state": state,
-        "finished_at": now,
-        "partial": bool(rows) and not is_whole,
-        "ended_by": ended_by,
-        "rows": rows,
-        "counts": counts,
-        "drafters": tuple(_report(each) for each in drafters),
-        "file_id": draft.target_file if rows else None,
-        # A draft that is whole has met no error that matters.
-        "error": None if is_whole else error,
-    }
-    after = draft.model_copy(update=changes)
-    return after.model_copy(update={"provenance": _provenance(after) if rows else None})
-
-
-_MESSAGES: dict[DraftEnd, str] = {
-    "budget": "The budget was spent before there was a row that could be kept.",
-    "time_limit": "The time was over before there was a row that could be kept.",
-    "exhausted": "The model gave no rows that could be kept. `counts.dropped` says why.",
-    "provider": "The provider gave no rows.",
-}
-
-
-def _reason(drafters: list[Drafter], error: JobError | None) -> DraftEnd:
-    outcomes = {each.outcome for each in drafters}
-    if error is not None:
-        return "lost" if error.code == "drafter_lost" else "provider"
-    return "budget" if "budget" in outcomes else "exhausted"
-
-
-def _report(drafter: Drafter) -> DrafterReport:
-    names = ("number", "role", "state", "losses", "counts", "outcome", "model_version", "error")
-    return DrafterReport(**{name: getattr(drafter, name) for name in names})
-
-
-def _told(records: Records, draft: Draft, now: float) -> list[Write]:
-    """What webhooks are sent; nothing of a draft whose owner has ended it."""
-    if draft.state == "cancelled":
-        return []
-    data = {"id": draft.id, "file_id": draft.file_id, "rows": draft.rows, "ended_by": draft.ended_by}
-    type: EventType = "tuneloom.draft.completed" if draft.state == "succeeded" else "tuneloom.draft.failed"
-    return outbox.writes(records, draft.owner, type, data, now)
-
-
-def _usage(draft: Draft, now: float) -> Write:
-    counts, price = draft.counts, draft.spec.price
-    return record_draft(
-        draft.owner,
-        draft.id,
-        now,
-        model=draft.spec.model,
-        key_id=draft.key_id,
-        input_tokens=counts.input_tokens,
-        output_tokens=counts.output_tokens,
-        requests=counts.calls,
-        cost=None if price is None else price.cost(counts.input_tokens, counts.output_tokens),
-    )
-
-
-def _provenance(draft: Draft) -> dict[str, Any]:
-    """How the rows came to be, as it stays with the File."""
-    spec = draft.spec
-    return {
-        "kind": "draft",
-        "draft": draft.id,
-        "provider": spec.provider,
-        "model": spec.model,
-        "model_versions": sorted({each.model_version for each in draft.drafters if each.model_version}),
-        "prompts_sha256": PROMPTS_SHA256,
-        "description": spec.description,
-        "topics": list(spec.topics),
-        "format": spec.format,
-        "language": spec.language,
-        "roles": {role: spec.roles.count(role) for role in ROLE_TEMPERATURES if role in spec.roles},
-        "temperatures": {role: ROLE_TEMPERATURES[role] for role in ROLE_TEMPERATURES if role in spec.roles},
-        "seed": spec.seed,
-        "seed_file": spec.seed_file,
-        "seed_rows": spec.seed_rows,
-        "similarity": spec.similarity,
-        "rows": draft.rows,
-        "partial": draft.partial,
-        "counts": draft.counts.model_dump(),
-        "tuneloom": version("tuneloom"),
-        "created_at": draft.created_at,
-        "started_at": draft.started_at,
-        "finished_at": draft.finished_at,
-    }

@@ -82,7 +82,7 @@ def _items(text: str, reply: Reply) -> tuple[list[Any], bool]:
     if fenced := _FENCE.search(stripped):
         stripped = fenced[1].strip()
     items, is_whole = _whole_items(stripped)
-    if not is_whole:
+    if not is_whole or not items:
         # The row that was cut off, or the reply that is no JSON at all.
         reply.received += 1
         reply.dropped["truncated" if items else "not_json"] += 1
@@ -95,17 +95,17 @@ def _unwrapped(data: Any) -> list[Any]:
     if isinstance(data, dict):
         for name in _ENVELOPES:
             inner = data.get(name)
-            if isinstance(inner, list) and (name == "rows" or all(_is_row_like(item) for item in inner)):
+            if isinstance(inner, list) and not any(map(_is_message, inner)):
                 return inner
-        lists = [value for value in data.values() if isinstance(value, list)]
-        if len(data) == 1 and lists and not {*data} & {"messages"}:
-            return lists[0]
+        (only, *others) = data.values() or [None]
+        if not others and isinstance(only, list) and not any(map(_is_message, only)):
+            return only
     return [data]
 
 
-def _is_row_like(item: Any) -> bool:
-    """Not a message: a row of `conversations` may be an envelope or a ShareGPT conversation."""
-    return isinstance(item, dict) and not {"role", "from"} & item.keys()
+def _is_message(item: Any) -> bool:
+    """A list of these is a row: `conversations` may be those of many or the turns of one."""
+    return isinstance(item, dict) and bool({"role", "from", "speaker"} & item.keys())
 
 
 def _whole_items(text: str) -> tuple[list[Any], bool]:
