@@ -41,7 +41,8 @@ parts: venv
 test: parts
 	$(BIN)/python -m pytest -q
 
-# Only what talks to Firestore, Cloud Storage, Firebase Auth, Redis or a model that drafts data; part of `make test`.
+# Only the cloud parts (Firestore, Cloud Storage, Firebase Auth, Redis) and what several owners need: keys, limits, usage,
+# webhooks, drafting. Part of `make test`.
 test-cloud: parts
 	$(BIN)/python -m pytest -q -m cloud
 

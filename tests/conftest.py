@@ -1,7 +1,10 @@
+import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,16 +18,41 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 from tests.parts import servers
+from tests.store import firestore_indexes
 from tests.tiny import make_adapter, make_base
+from tuneloom.store.sqlite import SqliteDocuments
 
 PARTS = {"firestore_server", "gcs_server", "redis_server", "auth_server"}
+# What stands on the parts, or beside them where several owners share a service.
+CLOUD = re.compile(r"firestore|gcs|copy|cloud|firebase|key|audit|limit|usage|webhook|outbound|draft|tenants|isolation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m cloud` selects what needs a part."""
+    """`-m cloud` selects what needs a part, and what goes with it."""
     for item in items:
-        if PARTS & set(getattr(item, "fixturenames", ())):
+        if PARTS & set(getattr(item, "fixturenames", ())) or CLOUD.search(item.path.stem):
             item.add_marker("cloud")
+
+
+@pytest.fixture(autouse=True)
+def queries_without_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[firestore_indexes.Shape]]:
+    """What the test asks of records in this process is what Firestore has an index for."""
+    file = json.loads(firestore_indexes.FILE.read_text(encoding="utf-8"))
+    query, found = SqliteDocuments.query, []
+
+    def recording(self: SqliteDocuments, collection: str, where: Any = None, **options: Any) -> Any:
+        answer = query(self, collection, where, **options)
+        if collection in firestore_indexes.TABLES.values():
+            order = options.get("order_by", "id"), options.get("descending", False)
+            asked = firestore_indexes.recorded(collection, where, *order)
+            if asked not in found and firestore_indexes.missing(asked, file):
+                found.append(asked)
+        return answer
+
+    monkeypatch.setattr(SqliteDocuments, "query", recording)
+    yield found
+    lacking = {str(asked): firestore_indexes.missing(asked, file) for asked in found}
+    assert not found, f"Add to cluster/firestore.indexes.json: {lacking}. See tests/store/firestore_indexes.py."
 
 
 @pytest.fixture
