@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli import audit, bases, files, jobs, keys, limits, lineage, local, models, store, usage, webhooks
+from tuneloom.cli import audit, bases, drafts, files, jobs, keys, limits, lineage, local, models, store, usage, webhooks
 
 app = typer.Typer(
     name="tuneloom",
@@ -42,6 +42,7 @@ app.add_typer(limits.app, name="limits")
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(files.app, name="files")
+app.add_typer(drafts.app, name="drafts")
 app.add_typer(bases.app, name="bases")
 app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(store.app, name="store")

@@ -1,5 +1,6 @@
 """`tuneloom files`: training files, by the API, and their check on this machine without a server."""
 
+import json as jsons
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Training files.", no_args_is_help=True)
 
 FILES = "/v1/files"
+OURS = "/v1/tuneloom/files"
 CHUNK_BYTES = 1 << 20
 
 FileId = Annotated[str, typer.Argument(help="The file's id, `file-...`.")]
@@ -68,6 +70,38 @@ def delete(context: typer.Context, id: FileId) -> None:
     """Delete a file that no unfinished job needs."""
     Api(read_settings(context)).delete(f"{FILES}/{id}")
     typer.echo(f"deleted {id}")
+
+
+@app.command()
+def rows(
+    context: typer.Context,
+    id: FileId,
+    after: Annotated[int, typer.Option(help="The number of the last row seen.", min=0)] = 0,
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 20,
+    json: Json = False,
+) -> None:
+    """Rows of a file, a line of JSON each. What is wrong with them goes to stderr, with their numbers."""
+    page = Api(read_settings(context)).get(f"{OURS}/{id}/rows", after=after, limit=limit)
+    if json:
+        print_json(page)
+        return
+    for row in page["data"]:
+        typer.echo(jsons.dumps(row["data"], ensure_ascii=False))
+        for problem in row["problems"]:
+            typer.echo(f"row {row['row']}: {problem['message']}", err=True)
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    id: FileId,
+    format: Annotated[str, typer.Option(help="jsonl, json or csv; an upload of it gives equal rows.")] = "jsonl",
+    to: Annotated[Path | None, typer.Option(help="The new file.", show_default="ID.FORMAT")] = None,
+) -> None:
+    """Write a file of rows to this machine."""
+    target = to or Path(f"{id}.{format}")
+    Api(read_settings(context)).save(f"{OURS}/{id}/export", target, format=format)
+    typer.echo(str(target))
 
 
 @app.command()

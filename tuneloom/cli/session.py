@@ -69,6 +69,31 @@ class Api:
     def download(self, path: str) -> bytes:
         return self._call("GET", path).content
 
+    def save(self, path: str, target: Path, **params: Any) -> None:
+        """Write what a call answers to a new file, which appears once it is whole.
+
+        Raises:
+            Conflict: `target` is there already.
+        """
+        import httpx
+
+        if target.exists():
+            raise Conflict(f"{target} is there already. Remove it, or choose another file with `--to`.")
+        part = target.with_name(f".{target.name}.part")
+        try:
+            with self._client.stream("GET", path, params=params) as response:
+                if not response.is_success:
+                    response.read()
+                    raise (NotFound if response.status_code == 404 else TuneloomError)(_message(response))
+                with part.open("wb") as file:
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+            part.rename(target)
+        except httpx.TransportError as error:
+            raise TuneloomError(f"The answer was not whole ({type(error).__name__}). Try again.") from error
+        finally:
+            part.unlink(missing_ok=True)
+
     def _call(self, method: str, path: str, **options: Any) -> "httpx.Response":
         import httpx
 
