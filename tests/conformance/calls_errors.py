@@ -97,7 +97,8 @@ def error_scope_inference(session: Session) -> None:
 
 
 def error_scope_admin(session: Session) -> None:
-    _forbidden(lambda: session.client.post("/tuneloom/keys", body={"name": "mine"}, cast_to=object), "admin")
+    _forbidden(lambda: session.client.post("/tuneloom/keys", body={"name": "mine"}, cast_to=object), "account")
+    _forbidden(lambda: session.client.get("/tuneloom/bases", cast_to=object), "admin")
 
 
 def error_unknown_model(session: Session) -> None:
