@@ -1,14 +1,11 @@
 """The gateway on Ray Serve: the deployment of the application, and how it wakes control. No routes."""
 
-import asyncio
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import anyio.to_thread
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -16,16 +13,14 @@ from ray.util import metrics
 from starlette.applications import Starlette
 
 from tuneloom.config import Settings, check_production, read_pepper
-from tuneloom.errors import Overloaded, TuneloomError
 from tuneloom.serve.app import CONTROL_APP
 from tuneloom.serve.firebase import open_people
 from tuneloom.serve.handles import serve_bases
 from tuneloom.serve.ingress import Context, make_app
+from tuneloom.serve.reads import StoreHealth
 from tuneloom.store import open_store
 
 logger = logging.getLogger(__name__)
-
-HEALTH_TIMEOUT_S = 10.0
 
 
 class Gateway:
@@ -35,7 +30,8 @@ class Gateway:
         self._settings = Settings.model_validate(settings)
         check_production(self._settings, os.environ)
         self._store = open_store(self._settings)
-        self._answered_at = time.monotonic()
+        find = self._store.records.keys.find
+        self._health = StoreHealth(lambda: find("key_none"), self._settings.gateway.stale_s)
         self._pepper = read_pepper(self._settings)
         self._bases = serve_bases(self._settings)
 
@@ -45,19 +41,8 @@ class Gateway:
         return make_app(Context(self._settings, self._store, self._pepper, self._bases, Poke(), people, watch))
 
     async def check_health(self) -> None:
-        """Raises once the store has not answered for so long that nothing read before still counts.
-
-        A new process would know less, so an outage that is shorter is no reason for one.
-        """
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                await anyio.to_thread.run_sync(self._store.records.keys.find, "key_none", abandon_on_cancel=True)
-            self._answered_at = time.monotonic()
-        except (TuneloomError, OSError) as error:
-            silent_s = time.monotonic() - self._answered_at
-            if silent_s > self._settings.gateway.stale_s:
-                raise Overloaded(f"The store has not answered for {silent_s:.0f} s.") from error
-            logger.warning("the store does not answer: %s", error)
+        """Raises once the store has been away for too long. See `StoreHealth`."""
+        await self._health.check()
 
 
 def watch_limits(settings: Settings) -> Callable[[bool], None]:

@@ -4,18 +4,24 @@ The reads have few threads of their own, so that a store that hangs does not tak
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import anyio.to_thread
+
 from tuneloom.errors import Overloaded, TuneloomError
+
+logger = logging.getLogger(__name__)
 
 THREADS = 16
 # Where there is nothing older to go on with.
 MAX_WAIT_S = 10.0
 # Of a store that was slow the last time; a read that ends in time afterwards ends this.
 SLOW_WAIT_S = 0.1
+HEALTH_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
 
@@ -71,3 +77,31 @@ class Reads:
         self._answered_at = self._clock()
         if self._answered_at - started < self._wait_s:
             self._is_slow = False
+
+
+class StoreHealth:
+    """Whether a process without the store is still of use: for `stale_s` after the store's last answer.
+
+    A new process would know less, so an outage that is shorter is no reason for one.
+    """
+
+    def __init__(
+        self, probe: Callable[[], object], stale_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._probe = probe
+        self._stale_s = stale_s
+        self._clock = clock
+        self._answered_at = clock()
+
+    async def check(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
+        """Raises Overloaded once nothing that was read before counts anymore."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await anyio.to_thread.run_sync(self._probe, abandon_on_cancel=True)
+        except (TuneloomError, OSError) as error:
+            silent_s = self._clock() - self._answered_at
+            if silent_s > self._stale_s:
+                raise Overloaded(f"The store has not answered for {silent_s:.0f} s.") from error
+            logger.warning("the store does not answer: %s", error)
+        else:
+            self._answered_at = self._clock()
