@@ -1,20 +1,29 @@
 """Redis is away, hangs, dies or comes back empty: calls go on with limits of each gateway, costly things do not."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from limits import RateLimitItemPerMinute
 
 from tests.parts import servers
-from tests.serve.conftest import BASE, PEPPER, FakeBase, Service, eventually
+from tests.serve.conftest import BASE, PEPPER, FakeBase, Service, eventually, hello
 from tuneloom.config import LimitsSettings, Settings
 from tuneloom.domain import Allowance, Rates
+from tuneloom.errors import Overloaded
+from tuneloom.generation import Started
 from tuneloom.serve.ingress import Context, make_app
+from tuneloom.serve.limits_policy import Cached
+from tuneloom.serve.limits_redis import RedisCounters
+from tuneloom.serve.limits_window import Charge, Place
+from tuneloom.serve.reads import Reads
 from tuneloom.store import Store
 
 pytestmark = pytest.mark.anyio
@@ -63,8 +72,13 @@ class Gateway(Service):
         return [(await self.call(key)).status_code for _ in range(times)]
 
 
-def open_gateway(settings: Settings, store: Store, url: str) -> Gateway:
-    allowance = Allowance(rates=Rates(requests_per_minute=LIMIT), costly_per_minute=100, light_per_minute=1000)
+def open_gateway(settings: Settings, store: Store, url: str, max_concurrent: int | None = None) -> Gateway:
+    allowance = Allowance(
+        rates=Rates(requests_per_minute=LIMIT),
+        costly_per_minute=100,
+        light_per_minute=1000,
+        max_concurrent=max_concurrent,
+    )
     settings = settings.model_copy(update={"limits": LimitsSettings(redis_url=url, owner=allowance)})
     base, heard = FakeBase(), []
     context = Context(settings, store, PEPPER, lambda _: base, lambda: None, watch_limits=heard.append)
@@ -181,6 +195,86 @@ async def test_a_call_that_began_before_redis_died_ends_well(gateway: Gateway, r
         assert [chunk async for chunk in stream]
         answer = await client.chat.completions.create(**HI)
     assert answer.choices[0].message.content == "Hello"
+
+
+async def test_places_of_long_calls_are_renewed_also_in_a_redis_that_forgot_them(
+    settings: Settings, store: Store, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import redis as client
+
+    monkeypatch.setattr("tuneloom.serve.limits.HOLD_EVERY_S", 0.1)
+    monkeypatch.setattr("tuneloom.serve.limits_redis.PLACE_LIFE_S", 1.5)
+    redis.start()
+    gateway = open_gateway(settings, store, redis.url, max_concurrent=1)
+    key = gateway.key()
+    gateway.base.play(Started(1), 4.0, *hello()[1:])
+    long = asyncio.create_task(gateway.call(key))
+    await eventually(lambda: len(gateway.base.requests) == 1)
+    with client.Redis.from_url(redis.url) as admin:
+        admin.flushall()
+        await eventually(lambda: admin.exists("{tuneloom}:po:ada") == 1)
+    await asyncio.sleep(2)
+    assert await gateway.statuses(key, 1) == [429]
+    assert (await long).status_code == 200
+    assert await gateway.statuses(key, 2) == [200] * 2
+
+
+async def test_a_busy_event_loop_is_not_taken_for_a_dead_redis(gateway: Gateway, redis: Redis) -> None:
+    redis.start()
+    key = gateway.key()
+    assert await gateway.statuses(key, 1) == [200]
+
+    async def block() -> None:
+        for _ in range(4):
+            await asyncio.sleep(0)
+            time.sleep(0.2)  # noqa: ASYNC251
+
+    answers = await asyncio.gather(gateway.call(key), block(), gateway.call(key))
+    assert [answer.status_code for answer in answers if answer] == [200, 200]
+    assert gateway.heard == []
+
+
+async def test_who_leaves_before_redis_answers_has_taken_nothing(redis: Redis) -> None:
+    redis.start()
+    counters = RedisCounters(redis.url, None, lambda is_up: None)
+    charge = Charge("k", RateLimitItemPerMinute(10), "tokens", "x", 4)
+    place = Place("p", 1, "x", "y")
+    try:
+        await counters.take([replace(charge, cost=0)], (), "")
+        leaving = asyncio.create_task(counters.take([charge], [place], "gone"))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        deadline = time.monotonic() + 5
+        # Its place, at least, was held for a moment, or is not yet.
+        while not (taken := await counters.take([charge], [place], "next")).is_admitted:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert (await counters.take([replace(charge, cost=0)], (), "")).levels[0].used == 4
+        assert taken.held == (0,)
+    finally:
+        await counters.close()
+
+
+async def test_limits_that_were_read_hold_while_the_store_is_away() -> None:
+    now, is_away = 0.0, False
+
+    def read(name: str) -> int:
+        if is_away:
+            raise Overloaded("away")
+        return len(name)
+
+    cached = Cached(read, Reads(0.5), fresh_s=2, kept_s=4, stale_s=300, clock=lambda: now)
+    assert await cached.get("ada") == 3
+    is_away, now = True, 200.0
+    assert await cached.get("ada") == 3
+    with pytest.raises(Overloaded):
+        await cached.get("unknown")
+    now = 301.0
+    with pytest.raises(Overloaded):
+        await cached.get("ada")
 
 
 async def test_a_password_comes_from_a_file(settings: Settings, store: Store, redis: Redis, tmp_path: Path) -> None:
