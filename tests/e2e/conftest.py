@@ -134,6 +134,7 @@ def make_home(path: Path, **settings: Any) -> Home:
         "base_aliases": {ALIAS: BASE},
         "gateway": {"port": 0},
         "train": {"threads": 1, "checkpoint_interval_s": 600},
+        "webhooks": {"allow_private": True},
         **settings,
     }
     (path / "config.yaml").write_text(yaml.safe_dump(config))
