@@ -80,7 +80,7 @@ export async function error_scope_inference(session) {
 }
 
 export const error_scope_admin = (session) =>
-  forbidden(() => session.client.post('/tuneloom/keys', { body: { name: 'mine' } }), 'admin');
+  forbidden(() => session.client.post('/tuneloom/keys', { body: { name: 'mine' } }), 'account');
 
 export async function error_unknown_model(session) {
   const expected = { code: 'model_not_found', param: 'model' };
