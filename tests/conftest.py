@@ -36,13 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def queries_without_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[firestore_indexes.Shape]]:
-    """What the test asks of records in this process is what Firestore has an index for."""
+    """What the code asks of records in this process during the test is what Firestore has an index for."""
     file = json.loads(firestore_indexes.FILE.read_text(encoding="utf-8"))
     query, found = SqliteDocuments.query, []
 
     def recording(self: SqliteDocuments, collection: str, where: Any = None, **options: Any) -> Any:
         answer = query(self, collection, where, **options)
-        if collection in firestore_indexes.TABLES.values():
+        if collection in firestore_indexes.TABLES.values() and firestore_indexes.is_asked_by_tuneloom():
             order = options.get("order_by", "id"), options.get("descending", False)
             asked = firestore_indexes.recorded(collection, where, *order)
             if asked not in found and firestore_indexes.missing(asked, file):
