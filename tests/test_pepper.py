@@ -66,6 +66,12 @@ def test_a_rotation_keeps_the_last_and_what_is_needed(settings):
     assert stat.S_IMODE((settings.home / "pepper").stat().st_mode) == 0o600
 
 
+def test_a_rotation_keeps_all_while_a_key_does_not_tell_its_pepper(settings):
+    write(settings.home / "pepper", A, B, C)
+    ids = [hashed.pepper for hashed in rotate_pepper(settings, lambda: {""}).hashes("sk-1")]
+    assert ids[1:] == [pepper_id(value) for value in (A, B, C)]
+
+
 def test_a_process_follows_its_file(settings, monkeypatch):
     monkeypatch.setattr(module, "REREAD_S", 0)
     pepper = read_pepper(settings)

@@ -4,8 +4,10 @@ import time
 import pytest
 
 from tests.control.conftest import PEPPER
+from tuneloom.config import Pepper
 from tuneloom.control import keys
 from tuneloom.errors import InvalidRequest, NotFound
+from tuneloom.store.keys import find_secret
 
 
 def test_a_secret_is_shown_once_and_kept_as_a_keyed_hash(store):
@@ -64,3 +66,32 @@ def test_what_a_key_may_not_be_is_named(store, wrong, param):
     with pytest.raises(InvalidRequest) as caught:
         keys.mint(store.records, PEPPER, **{"owner": "ada", **wrong})
     assert caught.value.param == param
+
+
+def test_the_peppers_that_are_needed_are_those_of_secrets_that_work(store):
+    def mint(value: bytes, **fields) -> keys.Minted:
+        return keys.mint(store.records, Pepper((value * 32,)), owner="ada", **fields)
+
+    live, revoked, rotated, ended = mint(b"a"), mint(b"b"), mint(b"c"), mint(b"d")
+    keys.revoke(store.records, revoked.key.id)
+    keys.rotate(store.records, PEPPER, rotated.key.id, "1h")
+    keys.rotate(store.records, PEPPER, ended.key.id)
+    assert keys.needed_peppers(store.records) == {live.key.pepper, rotated.key.pepper, PEPPER.id}
+
+
+def test_each_change_of_a_key_is_one_commit_with_its_entry(store):
+    minted = keys.mint(store.records, PEPPER, owner="ada")
+    keys.rotate(store.records, PEPPER, minted.key.id, "1h")
+    keys.revoke(store.records, minted.key.id)
+    keys.revoke(store.records, minted.key.id)
+    found = store.records.audit_entries.query({"owner": "ada"}, order_by="created_at")
+    assert [stored.value.action for stored in found] == ["api_key.created", "api_key.rotated", "api_key.deleted"]
+    assert {stored.value.actor.kind for stored in found} == {"cli"}
+
+
+def test_a_rotation_without_an_overlap_ends_the_secret_before(store):
+    minted = keys.mint(store.records, PEPPER, owner="ada")
+    rotated = keys.rotate(store.records, PEPPER, minted.key.id)
+    assert find_secret(store.records, PEPPER.hashes(minted.secret)) is None
+    found = find_secret(store.records, PEPPER.hashes(rotated.secret))
+    assert found is not None and (found.key.id, found.is_previous) == (minted.key.id, False)

@@ -105,7 +105,8 @@ def read_pepper(settings: Settings) -> Pepper:
 
 
 def rotate_pepper(settings: Settings, needed: Callable[[], Collection[str]]) -> Pepper:
-    """Put a new pepper first. Of the ones before, the last stays, and those whose ids are in `needed()`.
+    """Put a new pepper first. Of the ones before, the last stays, and those whose ids are in `needed()`; all of them if
+    it has an empty id, which may be any.
 
     Raises:
         InvalidRequest: the file cannot be written, as where it is mounted into a container.
@@ -116,7 +117,7 @@ def rotate_pepper(settings: Settings, needed: Callable[[], Collection[str]]) -> 
         with _alone(path):
             last, *older = _read(path)
             wanted = set(needed())
-            kept = [value for value in older if pepper_id(value) in wanted]
+            kept = [value for value in older if "" in wanted or pepper_id(value) in wanted]
             _replace(path, _lines((secrets.token_bytes(SIZE_BYTES), last, *kept)))
     except OSError as error:
         raise InvalidRequest(

@@ -201,7 +201,7 @@ def reissue(records: Records, pepper: Pepper, id: str, actor: Actor) -> Minted:
 
 
 def needed_peppers(records: Records) -> set[str]:
-    """The ids of the peppers that some working secret still needs."""
+    """The ids of the peppers that some working secret still needs; an empty one stands for any."""
     now = time.time()
     live = [key for key in list_keys(records) if key.is_live(now)]
     previous = [key.previous.pepper for key in live if key.previous and now < key.previous.ends_at]

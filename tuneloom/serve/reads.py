@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 THREADS = 16
 # Where there is nothing older to go on with.
-MAX_WAIT_S = 10.0
+MAX_WAIT_S = 5.0
 # Of a store that was slow the last time; a read that ends in time afterwards ends this.
 SLOW_WAIT_S = 0.1
 HEALTH_TIMEOUT_S = 10.0
