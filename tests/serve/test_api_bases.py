@@ -5,7 +5,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.serve.conftest import BASE, Service
+from tests.serve.conftest import BASE, Service, make_service
 from tuneloom.config import BaseSettings, EngineSettings, Settings
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.base import AdapterState, EngineStats, TierStats
@@ -205,3 +205,14 @@ async def test_what_operators_do_to_adapters_is_in_the_audit_log(service: Servic
     for entry in entries:
         assert (entry.actor.owner, entry.target.name, entry.target.id) == ("ada", "bot", version.adapter.sha256)
         assert (entry.data, entry.actor.request_id is not None) == ({"base": BASE}, True)
+
+
+async def test_the_audit_log_tells_the_client_behind_a_trusted_proxy(settings: Settings, store: Store) -> None:
+    limits = settings.limits.model_copy(update={"trusted_proxies": ("127.0.0.0/8",)})
+    service = make_service(settings.model_copy(update={"limits": limits}), store)
+    service.add_version("ada", "bot")
+    async with service.http(service.key("ada", ("admin",))) as http:
+        http.headers["x-forwarded-for"] = "6.6.6.6, 2001:db8::7"
+        await act(http, "pin", model="bot")
+    (entry,) = [s.value for s in store.records.audit_entries.query({"action": "base.adapter.pinned"})]
+    assert entry.actor.address == "2001:db8::7"

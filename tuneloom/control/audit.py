@@ -63,11 +63,13 @@ def of_job(actor: Actor, job: Job, participle: str, data: Mapping[str, Any] | No
 def actor_of(request: Request) -> Actor:
     """Who sends a request, as its Principal says."""
     principal: Principal = request.state.principal
+    # What stands behind trusted proxies is known to whoever counts limits by address.
+    address = request.scope["state"].get("address") or (request.client.host if request.client else None)
     return Actor(
         kind=principal.kind,
         id=principal.key_id if principal.kind == "key" else principal.owner,
         owner=principal.owner,
-        address=request.client.host if request.client else None,
+        address=address,
         request_id=request.headers.get("x-request-id"),
     )
 

@@ -21,16 +21,23 @@ class Addresses:
         self._trusted: list[Network] = [ipaddress.ip_network(text) for text in trusted]
 
     def of(self, scope: Scope) -> str:
-        """What stands for the client: an IPv4 address, the network of an IPv6 one, or `unknown`.
+        """What stands for the client: an IPv4 address, the network of an IPv6 one, or `unknown`."""
+        address = self.client(scope)
+        if address is None:
+            return UNKNOWN
+        if isinstance(address, ipaddress.IPv6Address):
+            return str(ipaddress.ip_network((address, _PREFIX_BITS), strict=False))
+        return str(address)
+
+    def client(self, scope: Scope) -> Address | None:
+        """The address of the client, if it is known.
 
         Each proxy appends whom it was called by. So the list is read from its end, and only as long as whoever wrote
         the entry is trusted: what stands before is the client's own invention.
         """
         peer = scope.get("client")
         address = _parse(peer[0]) if peer else None
-        if address is None:
-            return UNKNOWN
-        if self._is_trusted(address):
+        if address is not None and self._is_trusted(address):
             hops = ",".join(Headers(scope=scope).getlist("x-forwarded-for")).split(",")
             for text in reversed(hops):
                 hop = _parse(text)
@@ -39,9 +46,7 @@ class Addresses:
                 address = hop
                 if not self._is_trusted(hop):
                     break
-        if isinstance(address, ipaddress.IPv6Address):
-            return str(ipaddress.ip_network((address, _PREFIX_BITS), strict=False))
-        return str(address)
+        return address
 
     def _is_trusted(self, address: Address) -> bool:
         return any(address in network for network in self._trusted)

@@ -27,6 +27,9 @@ class Limited:
             await self._app(scope, receive, send)
             return
         principal: Principal = scope["state"]["principal"]
+        address = self._limits.addresses.client(scope)
+        # The audit log tells it.
+        scope["state"]["address"] = None if address is None else str(address)
         cost = cost_of(scope["method"], scope["path"])
         gate = await self._limits.gate(principal, self._limits.addresses.of(scope), cost)
         scope["state"]["gate"] = gate
