@@ -1,5 +1,7 @@
 """The outbox as control runs it: looked at as often as the settings say, at a poke, and after each delivery."""
 
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -14,8 +16,22 @@ from tests.control.test_webhook_dispatcher import wait_for
 from tuneloom.config import Settings, WebhookSettings
 from tuneloom.control import outbox
 from tuneloom.control.deployment import Control, outbox_loop
+from tuneloom.control.webhook_dispatcher import LEASE_S, Dispatcher
 from tuneloom.control.webhook_secrets import new_secret, open_vault
+from tuneloom.control.webhook_sender import Sender
 from tuneloom.errors import TuneloomError
+
+SENDER = """
+import sys, threading
+from tuneloom.config import Settings
+from tuneloom.control.deployment import outbox_loop
+from tuneloom.store.records import Records
+from tuneloom.store import open_documents
+
+loop, _ = outbox_loop(Records(open_documents(sys.argv[1])), Settings.model_validate_json(sys.argv[2]))
+loop.start()
+threading.Event().wait(60)
+"""
 
 
 def settings(tmp_path, **options) -> Settings:
@@ -102,3 +118,28 @@ def test_control_sends_what_a_job_of_the_api_tells(store, tmp_path, monkeypatch)
     assert client.webhooks.unwrap(request.body, request.headers).data.id == job.id
     with pytest.raises(TuneloomError, match="ended"):
         control.check_health()
+
+
+def test_a_process_that_is_killed_while_a_receiver_holds_it_leaves_nothing_unsent(store, tmp_path):
+    """SIGKILL after the request is whole at the receiver and before its answer: sent again under the same id."""
+    tree = settings(tmp_path, timeout_s=30)
+    with receiver(hangs) as seen:
+        happen(store, tree, seen.url)
+        url = f"sqlite:{tmp_path / 'tuneloom.db'}"
+        process = subprocess.Popen([sys.executable, "-c", SENDER, url, tree.model_dump_json()])
+        try:
+            wait_for(lambda: len(seen.seen) == 1, limit_s=60)
+        finally:
+            process.kill()
+            process.wait(20)
+        (row,) = rows(store)
+        assert (row.state, row.attempts, row.tries) == ("pending", 1, ()) and row.lease is not None
+        vault, sender = open_vault(tree), Sender(tree.webhooks)
+        early = Dispatcher(store.records, tree.webhooks, lambda: vault, sender)
+        early.tick()
+        assert early.drain(20) and len(seen.seen) == 1, "leased by one who may still live"
+        late = Dispatcher(store.records, tree.webhooks, lambda: vault, sender, lambda: time.time() + LEASE_S)
+        late.tick()
+        assert late.drain(20) and states(store) == ["delivered"]
+        first, second = seen.seen
+        assert first.headers["webhook-id"] == second.headers["webhook-id"] == row.id and first.body == second.body
