@@ -3,7 +3,6 @@
 Both paths have the same endpoints. A signing secret is in the answers to creation and rotation and nowhere else.
 """
 
-import json
 import time
 from typing import Any
 
@@ -18,6 +17,7 @@ from tuneloom.control.context import ApiContext, caller, in_thread, query_choice
 from tuneloom.control.keys import parse_duration
 from tuneloom.control.pages import read_page
 from tuneloom.control.webhook_secrets import Vault, open_vault
+from tuneloom.control.webhook_view import show_delivery, show_endpoint
 from tuneloom.control.webhooks import Changes
 from tuneloom.domain import EVENT_TYPES, TEST_EVENT, WebhookDelivery, WebhookEndpoint, WebhookTry
 from tuneloom.errors import InvalidRequest, Overloaded
@@ -260,46 +260,3 @@ class WebhooksApi:
 
     def _show_with_secret(self, endpoint: WebhookEndpoint) -> dict[str, Any]:
         return {**show_endpoint(endpoint), "signing_secret": self._vault().open(endpoint.secret)}
-
-
-def show_endpoint(endpoint: WebhookEndpoint) -> dict[str, Any]:
-    """OpenAI's object, with what it does not say under `tuneloom`."""
-    return {
-        "object": "webhook_endpoint",
-        "id": endpoint.id,
-        "url": endpoint.url,
-        "name": endpoint.name,
-        "event_types": list(endpoint.event_types),
-        "signing_secret_hint": endpoint.secret_hint,
-        "created_at": int(endpoint.created_at),
-        "updated_at": int(endpoint.updated_at),
-        "tuneloom": {
-            "enabled": endpoint.disabled_at is None,
-            "disabled_at": _second(endpoint.disabled_at),
-            "disabled_reason": endpoint.disabled_reason,
-            "failing_since": _second(endpoint.failing_since),
-            "old_secret_until": _second(endpoint.old_secret_until),
-        },
-    }
-
-
-def show_delivery(row: WebhookDelivery) -> dict[str, Any]:
-    return {
-        "object": "tuneloom.webhook_delivery",
-        "id": row.id,
-        "webhook_endpoint_id": row.endpoint_id,
-        "event_id": row.event_id,
-        "type": row.type,
-        "sequence": row.sequence,
-        "state": row.state,
-        "attempts": row.attempts,
-        "created_at": int(row.created_at),
-        "next_attempt_at": int(row.next_at) if row.state == "pending" else None,
-        "done_at": _second(row.done_at),
-        "tries": [{**tried.model_dump(), "at": int(tried.at)} for tried in row.tries],
-        "payload": json.loads(row.body),
-    }
-
-
-def _second(at: float | None) -> int | None:
-    return None if at is None else int(at)
