@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tuneloom.control import audit
+from tuneloom.control.api_admin_keys import AdminKeysApi
 from tuneloom.control.api_audit import AuditApi
 from tuneloom.control.api_checks import ChecksApi
 from tuneloom.control.api_drafts import DraftsApi
@@ -45,6 +46,7 @@ def routes(context: ApiContext) -> list[Route]:
         JobsApi(context),
         ModelsApi(context),
         KeysApi(context),
+        AdminKeysApi(context),
         AuditApi(context),
         WebhooksApi(context),
         MeApi(context),
