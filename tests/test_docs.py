@@ -11,7 +11,7 @@ import typer.main
 import yaml
 
 from tuneloom.cli import app
-from tuneloom.config import BaseSettings, EngineSettings, UsageSettings, WebhookSettings
+from tuneloom.config import BaseSettings, DraftingSettings, EngineSettings, UsageSettings, WebhookSettings
 from tuneloom.domain import TrainOptions
 from tuneloom.serve.openai import IGNORED, REFUSED, Chat, Completion
 
@@ -89,7 +89,8 @@ def test_examples_use_the_plain_client_and_nothing_of_ours(path: Path):
 
 def commands() -> list[str]:
     """Every `tuneloom ...` of the README, the changelog and the page of webhooks, with `a|b` written out."""
-    text = README + "".join((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "docs/webhooks.md"))
+    pages = ("CHANGELOG.md", "docs/webhooks.md", "docs/drafting.md")
+    text = README + "".join((ROOT / name).read_text(encoding="utf-8") for name in pages)
     found = re.findall(r"`(tuneloom [^`\n]+)`", text) + re.findall(r"^(tuneloom (?!/)[^#\n]+)", text, re.MULTILINE)
     found += re.findall(r"\$\(\S*?(tuneloom [^)]+)\)", text)
     return sorted({command.strip() for line in found for command in _written_out(line)})
@@ -144,6 +145,7 @@ def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
         ("engine.md", "The engine's options", EngineSettings),
         ("engine.md", "Replicas", BaseSettings),
         ("training.md", "Settings", TrainOptions),
+        ("drafting.md", "Settings", DraftingSettings),
         ("api.md", "Settings of usage", UsageSettings),
         ("webhooks.md", "Settings", WebhookSettings),
     ],
