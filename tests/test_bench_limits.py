@@ -14,4 +14,4 @@ def test_each_side_is_measured_and_limits_are_really_counted(tmp_path: Path, red
     measured = {measure["name"]: measure["values"] for measure in found["measures"]}
     assert {limits.BARE, limits.UNLIMITED, limits.MEMORY, limits.REDIS, limits.LIBRARY} <= measured.keys()
     assert all(len(values) == 20 and min(values) > 0 for values in measured.values())
-    assert len(found["ratios"]) == 6
+    assert len(found["ratios"]) == 9

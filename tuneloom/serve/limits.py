@@ -7,13 +7,14 @@ length is known. The arithmetic is in `limits_window`, the two ways to count in 
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tuneloom.config import Settings
-from tuneloom.domain import Principal, Target, new_id
+from tuneloom.domain import Principal, Target
 from tuneloom.errors import InvalidRequest, Overloaded, RateLimited
 from tuneloom.serve.limits_address import Addresses
 from tuneloom.serve.limits_admission import Admission, estimate
@@ -77,7 +78,7 @@ class Limits:
 
     async def take(self, charges: Sequence[Charge], places: Sequence[Place], cost: Cost) -> Admission:
         """Take all of it or nothing, as `taken` of what comes back says. Raises Overloaded as `check_shared` does."""
-        holder = new_id("", 16) if places else ""
+        holder = secrets.token_hex(8) if places else ""
         taken, counters = await self._count(charges, places, holder, cost)
         admission = Admission(counters, charges, places, taken, holder, self._settle)
         if admission.places:

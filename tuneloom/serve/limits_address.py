@@ -1,5 +1,6 @@
 """Where a request comes from: the address of the connection, or of the last hop before proxies that are trusted."""
 
+import functools
 import ipaddress
 from collections.abc import Sequence
 
@@ -52,6 +53,7 @@ class Addresses:
         return any(address in network for network in self._trusted)
 
 
+@functools.lru_cache(maxsize=4096)
 def _parse(text: str) -> Address | None:
     """An address as proxies write it, with or without port, as a plain one."""
     text = text.strip()

@@ -15,14 +15,16 @@ PLACE_RETRY_S = 1.0
 
 def headers_of(charges: Sequence[Charge], taken: Taken) -> dict[str, str]:
     """`x-ratelimit-*` of the tightest limit of requests and of tokens, as they are after this request."""
+    tightest: dict[str, tuple[int, Charge, Level]] = {}
+    for charge, level in zip(charges, taken.levels, strict=True):
+        remaining = level.remaining(charge)
+        if charge.kind not in tightest or remaining < tightest[charge.kind][0]:
+            tightest[charge.kind] = (remaining, charge, level)
     found: dict[str, str] = {}
-    for kind in ("requests", "tokens"):
-        of_kind = [pair for pair in zip(charges, taken.levels, strict=True) if pair[0].kind == kind]
-        if of_kind:
-            charge, level = min(of_kind, key=lambda pair: pair[1].remaining(pair[0]))
-            found[f"x-ratelimit-limit-{kind}"] = str(charge.limit)
-            found[f"x-ratelimit-remaining-{kind}"] = str(level.remaining(charge))
-            found[f"x-ratelimit-reset-{kind}"] = duration(level.reset_ms(charge.size_ms))
+    for kind, (remaining, charge, level) in tightest.items():
+        found[f"x-ratelimit-limit-{kind}"] = str(charge.limit)
+        found[f"x-ratelimit-remaining-{kind}"] = str(remaining)
+        found[f"x-ratelimit-reset-{kind}"] = duration(level.reset_ms(charge.size_ms))
     return found
 
 

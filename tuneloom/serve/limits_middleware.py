@@ -11,6 +11,7 @@ from tuneloom.errors import RateLimited, TuneloomError, Unauthenticated
 from tuneloom.serve.limits import Limits
 from tuneloom.serve.limits_answer import refusal
 from tuneloom.serve.limits_routes import cost_of
+from tuneloom.serve.limits_window import Charge
 
 MAX_KNOWN = 4096
 
@@ -62,13 +63,14 @@ class WrongKeys:
             await self._app(scope, receive, send)
             return
         proof = hashlib.sha256(header.encode("latin-1")).digest()
-        charge = self._limits.policies.wrong_key_charge(self._limits.addresses.of(scope))
-        found = self._limits.find_refusal([charge])
-        if found is not None and proof not in self._known:
-            raise found[0]
+        if self._limits.has_refused and proof not in self._known:
+            found = self._limits.find_refusal([self._charge(scope)])
+            if found is not None:
+                raise found[0]
         try:
             await self._app(scope, receive, send)
         except Unauthenticated:
+            charge = self._charge(scope)
             admission = await self._limits.take([charge], (), "light")
             if not admission.taken.is_admitted:
                 error = refusal([charge], (), admission.taken)
@@ -78,6 +80,9 @@ class WrongKeys:
         finally:
             if "principal" in scope.get("state", {}):
                 self._remember(proof)
+
+    def _charge(self, scope: Scope) -> Charge:
+        return self._limits.policies.wrong_key_charge(self._limits.addresses.of(scope))
 
     def _remember(self, proof: bytes) -> None:
         self._known[proof] = None
