@@ -103,7 +103,7 @@ def test_a_file_becomes_versions_that_answer_and_go(cloud_home: Home, client: op
 
 
 def test_a_paused_job_goes_on_where_it_was(cloud_home: Home, client: openai.OpenAI, store: Store) -> None:
-    job = start_job(client, rows_jsonl(100), suffix="paused", epochs=6)
+    job = start_job(client, rows_jsonl(80), suffix="paused", epochs=4)
     wait_for("ten steps", lambda: len(steps_of(all_events(client, job.id))) >= 10, timeout_s=180)
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     states = wait_for("its state in the bucket", lambda: store.blobs.list(f"jobs/{job.id}/states"), timeout_s=30)
@@ -115,7 +115,7 @@ def test_a_paused_job_goes_on_where_it_was(cloud_home: Home, client: openai.Open
 
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     wait_for_job(client, job.id, "succeeded")
-    assert steps_of(all_events(client, job.id)) == list(range(1, 151))
+    assert steps_of(all_events(client, job.id)) == list(range(1, 81))
     wait_for("its states to go", lambda: not store.blobs.list(f"jobs/{job.id}/states"), timeout_s=60)
 
 

@@ -31,7 +31,7 @@ RETRY_AFTER_S = 5.0
 # How long one try waits for a connection, and then for each next byte.
 CONNECT_S = 3.05
 CALL_TRY_S = 5.0
-PIECE_TRY_S = 30.0
+PIECE_TRY_S = 60.0
 
 _BUSY = (
     exceptions.RetryError,
@@ -52,7 +52,7 @@ class Waits:
     """
 
     call_s: float = 10.0
-    piece_s: float = 60.0
+    piece_s: float = 120.0
 
     @property
     def call(self) -> dict[str, Any]:
