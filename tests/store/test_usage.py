@@ -387,6 +387,44 @@ def test_the_sum_over_everything_is_what_was_recorded(tmp_path_factory: pytest.T
     store.close()
 
 
+def test_whichever_commit_fails_each_token_counts_once(tmp_path: Path):
+    """Each commit of a story of two writers and the roll-up: lost before it, after it, or come true later."""
+
+    def play(name: str, faults: list[str]) -> int:
+        store = Flaky(open_documents(f"sqlite:{tmp_path / name}"))
+        store.faults = faults
+        records, clock = Records(store), Clock()
+        writers = [UsageWriter(records, clock) for _ in range(2)]
+        recorded = 0
+        for wait in (0.0, 10.0, HOUR + SETTLE_S, 5.0, HOUR + SETTLE_S, HOUR + SETTLE_S):
+            clock.now += wait
+            with contextlib.suppress(Overloaded):
+                roll_up(records, clock())
+            for number, writer in enumerate(writers):
+                writer.flush()
+                for model in range(2):
+                    recorded += 10**model
+                    writer.add("ada", used(model), tokens(10**model))
+                if number:
+                    writer.flush()
+        commits = len(store.commits)
+        store.faults = []
+        assert all(writer.flush() for writer in writers)
+        store.land()
+        roll_up(records, clock() + 2 * HOUR)
+        assert records.usage_parts.query() == []
+        assert total(records).input_tokens == usage.spent(records, "ada", NOON).input_tokens == recorded, faults
+        store.close()
+        return commits
+
+    commits = play("plain", [])
+    assert commits > 12
+    for at in range(commits):
+        for fault in ("before", "after", "late"):
+            for times in (1, 2):
+                play(f"{at}-{fault}-{times}", ["ok"] * at + [fault] * times)
+
+
 RECORD_UNTIL_KILLED = """
 import json, sys, time
 from tuneloom.domain import Amounts, Used
