@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.control.conftest import Api, assert_error
+from tuneloom.domain import Allowance, OwnerLimits
 from tuneloom.rows import read_page
 
 ROWS = [{"input": f"q{number}", "output": f"a{number}"} for number in range(1, 6)]
@@ -141,6 +142,17 @@ def test_a_wrong_edit_is_refused_and_leaves_nothing(api: Api, operations: list[A
     assert answer.json()["error"]["param"] == param
     assert said in answer.json()["error"]["message"]
     assert [blob.key for blob in api.store.blobs.list("files")] == [f"files/{id}"]
+
+
+def test_an_edit_stays_within_what_an_owner_may_store(api: Api):
+    id = api.upload(lines(*ROWS))
+    allowance = Allowance(files_bytes=len(lines(*ROWS)) * 2 - 10)
+    limits = OwnerLimits(id="ada", owner="ada", allowance=allowance, updated_at=1.0)
+    api.store.records.commit(api.store.records.owner_limits.create(limits))
+    answer = edit(api, id, {"op": "append", "rows": [ROWS[0]]})
+    assert answer.status_code == 429 and answer.json()["error"]["code"] == "insufficient_quota"
+    assert [blob.key for blob in api.store.blobs.list("files")] == [f"files/{id}"]
+    assert edit(api, id, {"op": "delete", "rows": [1]}).status_code == 200
 
 
 def test_a_wrong_row_of_an_appended_file_is_named(api: Api):

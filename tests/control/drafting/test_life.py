@@ -294,6 +294,19 @@ def test_the_budget_of_tokens_is_never_passed(open_desk: Open):
     assert made["rows"] == len(desk.rows(made["file_id"])) >= 40
 
 
+def test_a_small_budget_goes_to_few_drafters(open_desk: Open):
+    made = open_desk().made(rows=100, drafters=50, max_tokens=20_000)
+    assert [each["role"] for each in made["drafters"]] == ["standard", "creative"]
+    assert made["rows"] == 100 and made["status"] == "succeeded"
+
+
+def test_a_budget_that_is_too_small_for_a_call_says_so(open_desk: Open):
+    desk = open_desk()
+    made = desk.made(rows=10, max_tokens=1000, description="routers " * 500)
+    assert made["status"] == "failed" and made["error"]["code"] == "draft_budget"
+    assert "too small for a call" in made["error"]["message"] and desk.server.asks == []
+
+
 def test_the_budget_of_money_is_never_passed(open_desk: Open):
     rows = Rows()
     desk = open_desk(

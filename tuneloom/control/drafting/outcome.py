@@ -47,7 +47,7 @@ def ended(draft: Draft, drafters: list[Drafter], collected: Collected, reason: D
 
 
 _MESSAGES: dict[DraftEnd, str] = {
-    "budget": "The budget was spent before there was a row that could be kept.",
+    "budget": "The budget was spent before there was a row that could be kept, or is too small for a call.",
     "time_limit": "The time was over before there was a row that could be kept.",
     "exhausted": "The model gave no rows that could be kept. `counts.dropped` says why.",
     "provider": "The provider gave no rows.",

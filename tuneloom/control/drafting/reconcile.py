@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 MAX_STEPPED = 50
 # How often drafters are asked for rows that are missing once all of them are through.
 MAX_ROUNDS = 5
+# A drafter with less to spend than this gets nowhere: a prompt alone takes a thousand tokens.
+MIN_SHARE_INPUT, MIN_SHARE_OUTPUT = 4000, 4000
 # Errors that all drafters of a draft would meet: one is enough to close the others.
 COMMON = ("provider_key_missing", "provider_key_refused", "provider_missing", "provider_refused")
 
@@ -109,8 +111,8 @@ class Drafts:
             over = {"state": "cancelled", "ended_by": "cancelled", "finished_at": now}
             self._records.commit(self._records.drafts.replace(stored, draft.model_copy(update=over)))
             return
-        quotas = _shares(draft.spec.rows, len(draft.spec.roles))
-        asked = [(number, quota) for number, quota in enumerate(quotas) if quota]
+        among = min(len(draft.spec.roles), _affordable(draft, DraftCounts()))
+        asked = [(number, quota) for number, quota in enumerate(_shares(draft.spec.rows, among)) if quota]
         limits = _limits(draft, DraftCounts(), len(asked))
         new = [
             Drafter(
@@ -210,6 +212,7 @@ class Drafts:
     ) -> None:
         draft = stored.value
         spent = sum((each.value.counts for each in drafters), DraftCounts())
+        able = able[: _affordable(draft, spent)]
         shares = [(each, share) for each, share in zip(able, _shares(missing, len(able)), strict=True) if share]
         writes: list[Write] = []
         for each, share in shares:
@@ -266,6 +269,18 @@ def _shares(total: int, among: int) -> list[int]:
     """Whole numbers that differ by one at most, the larger first."""
     share, rest = divmod(total, among)
     return [share + (index < rest) for index in range(among)]
+
+
+def _affordable(draft: Draft, spent: DraftCounts) -> int:
+    """How many drafters can each make some calls of what is left of the budget; one at least."""
+    spec, most = draft.spec, len(draft.spec.roles)
+    if spec.max_tokens is not None:
+        most = min(most, (spec.max_tokens - spent.tokens) // (MIN_SHARE_INPUT + MIN_SHARE_OUTPUT))
+    if spec.max_cost is not None and spec.price is not None:
+        left = spec.max_cost - spec.price.cost(spent.input_tokens, spent.output_tokens)
+        share = spec.price.cost(MIN_SHARE_INPUT, MIN_SHARE_OUTPUT)
+        most = min(most, int(left / share)) if share else most
+    return max(1, most)
 
 
 def _limits(draft: Draft, spent: DraftCounts, among: int, own: DraftCounts | None = None) -> dict[str, Any]:
