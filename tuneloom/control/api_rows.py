@@ -70,7 +70,6 @@ class RowsApi:
         self._settings = context.settings
         self._store = context.store
         self._records = context.store.records
-        self._settings = context.settings
         self._limits = context.settings.gateway
         self._timeout_s = context.settings.control.check_timeout_s
 
