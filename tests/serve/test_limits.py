@@ -15,7 +15,9 @@ from tuneloom.config import LimitsSettings, Settings
 from tuneloom.domain import Allowance, OwnerLimits, Principal, Rates
 from tuneloom.errors import Overloaded
 from tuneloom.generation import Delta, Finished, Started, Usage
+from tuneloom.serve.limits_admission import estimate
 from tuneloom.serve.limits_routes import cost_of
+from tuneloom.serve.openai import parse_chat, parse_completion
 from tuneloom.store import Store
 
 pytestmark = pytest.mark.anyio
@@ -109,6 +111,28 @@ async def test_what_never_fits_is_not_tried_again(opened: Open) -> None:
     assert refused.status_code == 429 and "too large" in refused.json()["error"]["message"]
     assert refused.headers["x-should-retry"] == "false"
     assert "retry-after" not in refused.headers
+
+
+async def test_no_more_of_an_answer_is_reserved_than_the_setting_says(opened: Open) -> None:
+    service = opened(owner=Allowance(rates=rates(tokens=1000)), reserved_tokens=100)
+    key = service.key()
+    assert (await ask(service, key, max_tokens=900)).headers["x-ratelimit-remaining-tokens"] == str(1000 - 106)
+    two = await ask(service, service.key("bob"), max_tokens=20, n=2)
+    assert two.headers["x-ratelimit-remaining-tokens"] == str(1000 - 46)
+
+
+def test_prompts_are_taken_for_a_quarter_of_their_characters() -> None:
+    chat = parse_chat({"model": "m", "messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 7})
+    assert estimate(chat, 1024) == (101 + 4, 7)
+    tools = [{"type": "function", "function": {"name": "f", "description": "y" * 400}}]
+    with_tools = parse_chat({"model": "m", "messages": [{"role": "user", "content": "x" * 400}], "tools": tools})
+    assert estimate(with_tools, 1024)[0] > 200
+    tokens = parse_completion({"model": "m", "prompt": [[1, 2, 3], [4, 5]], "n": 2, "max_tokens": 10})
+    assert estimate(tokens, 1024) == (5, 40)
+    assert estimate(parse_completion({"model": "m", "prompt": ""}), 1024) == (1, 16)
+    # Nobody has said how long.
+    unsaid = parse_chat({"model": "m", "messages": [{"role": "user", "content": ""}]})
+    assert (estimate(unsaid, 1024)[1], estimate(unsaid, 100)[1]) == (256, 100)
 
 
 async def test_browsers_may_read_the_headers(opened: Open) -> None:

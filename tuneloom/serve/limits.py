@@ -98,6 +98,7 @@ class Limits:
             known = self._refused.get(charge.key)
             if known is not None and known[0] > time.monotonic():
                 return known[1:]
+            self._refused.pop(charge.key, None)
         return None
 
     def remember(self, admission: Admission, error: RateLimited, headers: Mapping[str, str]) -> None:
