@@ -132,7 +132,7 @@ def show(
     with open_store(context) as store:
         model = models.get_model(store.records, owner, name).value
         versions = models.list_versions(store.records, owner, name)
-        lineages = [exports.has_lineage(store.blobs, version.adapter) for version in versions]
+        lineages = exports.have_lineages(store.blobs, (version.adapter for version in versions))
     if as_json:
         shown = [{**v.model_dump(), "lineage": has} for v, has in zip(versions, lineages, strict=True)]
         print_json({**model.model_dump(), "versions": shown})

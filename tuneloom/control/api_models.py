@@ -230,8 +230,9 @@ class ModelsApi:
         model = models.get_model(self._records, owner, name).value
         versions = models.list_versions(self._records, owner, name)
         shown = show_model(model, versions)
-        for row, version in zip(shown["versions"], versions, strict=True):
-            row["lineage"] = exports.has_lineage(self._store.blobs, version.adapter)
+        lineages = exports.have_lineages(self._store.blobs, (version.adapter for version in versions))
+        for row, has_lineage in zip(shown["versions"], lineages, strict=True):
+            row["lineage"] = has_lineage
         return shown
 
 
