@@ -65,7 +65,9 @@ def store(cloud_home: Home) -> Iterator[Store]:
     opened.close()
 
 
-def test_a_file_becomes_versions_that_answer_and_go(cloud_home: Home, client: openai.OpenAI, store: Store) -> None:
+def test_a_file_becomes_versions_that_answer_and_go(
+    cloud_home: Home, client: openai.OpenAI, store: Store, tmp_path: Path
+) -> None:
     first = start_job(client, rows_jsonl(60), suffix="bot", epochs=3, checkpoint_every_steps=15)
     done = wait_for_job(client, first.id, "succeeded")
 
@@ -82,6 +84,10 @@ def test_a_file_becomes_versions_that_answer_and_go(cloud_home: Home, client: op
     assert serious.startswith("serious") and serious != ask(client, BASE)
     assert ask(client, done.fine_tuned_model) == serious
     assert ask(client, checkpoints[0].fine_tuned_model_checkpoint)
+
+    cloud_home.run("models", "download", "bot@v1", "--to", str(tmp_path / "bot"))
+    assert (tmp_path / "bot" / "adapter_model.safetensors").stat().st_size > 1000
+    assert "FAIL" not in cloud_home.run("verify", "bot@v1")
 
     second = start_job(client, rows_jsonl(60, answer="satire"), suffix="bot", epochs=3)
     wait_for_job(client, second.id, "succeeded")

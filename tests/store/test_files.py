@@ -35,6 +35,13 @@ def test_a_blob_is_a_plain_file_named_by_its_key(folder: Path) -> None:
     assert list((folder / "drafts").iterdir()) == []
 
 
+def test_what_is_no_blob_of_ours_is_passed_over(folder: Path) -> None:
+    blobs = FileBlobs(folder)
+    blobs.write("a/b", b"x")
+    (folder / "data/a/what a name").write_bytes(b"x")
+    assert [info.key for info in blobs.list("a")] == [info.key for info in blobs.walk()] == ["a/b"]
+
+
 def test_a_link_in_the_place_of_a_blob_is_not_followed(folder: Path, outside: Path) -> None:
     blobs = FileBlobs(folder)
     (folder / "data/a").symlink_to(outside / "secret")

@@ -151,7 +151,10 @@ def _walk(prefix: str, folder: Path) -> Iterator[BlobInfo]:
         if name.endswith("/"):
             yield from _walk(prefix + name, folder / name)
         elif info := _info(prefix + name, folder / name):
-            yield info
+            # What other programs leave, such as `.DS_Store (1)`, may have a name that no key has.
+            with contextlib.suppress(InvalidRequest):
+                check_key(info.key)
+                yield info
 
 
 def _write_draft(draft: Path, source: bytes | Path | Iterable[bytes]) -> str:
