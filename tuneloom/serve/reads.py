@@ -16,7 +16,7 @@ from tuneloom.errors import Overloaded, TuneloomError
 
 logger = logging.getLogger(__name__)
 
-THREADS = 16
+THREADS = 32
 # Where there is nothing older to go on with.
 MAX_WAIT_S = 5.0
 # Of a store that was slow the last time; a read that ends in time afterwards ends this.
