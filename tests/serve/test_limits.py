@@ -12,9 +12,10 @@ import pytest
 
 from tests.serve.conftest import BASE, Service, eventually, hello, make_service
 from tuneloom.config import LimitsSettings, Settings
-from tuneloom.domain import Allowance, OwnerLimits, Principal, Rates
+from tuneloom.domain import Allowance, OwnerLimits, Principal, Rates, Target
 from tuneloom.errors import Overloaded
 from tuneloom.generation import Delta, Finished, Started, Usage
+from tuneloom.serve.limits import model_of
 from tuneloom.serve.limits_admission import estimate
 from tuneloom.serve.limits_routes import cost_of
 from tuneloom.serve.openai import parse_chat, parse_completion
@@ -189,6 +190,19 @@ async def test_key_owner_and_model_have_limits_of_their_own(opened: Open) -> Non
     refused = await ask(service, fourth, model="bot@v1")
     assert "model `bot`" in refused.json()["error"]["message"]
     assert (await status(service.key("bob"))) == 200
+
+
+@pytest.mark.parametrize(
+    "version, model",
+    [
+        (None, "a/base:1"),
+        ("ada:bot:v3", "bot"),
+        ("ft:a/base:1:ada:bot:00000001:ckpt-step-2", "bot"),
+        ("ft:a/base:1:ada::00000001:ckpt-step-2", "00000001"),
+    ],
+)
+def test_all_names_of_a_model_count_for_it(version: str | None, model: str) -> None:
+    assert model_of(Target(name="whatever", base="a/base:1", version=version)) == model
 
 
 async def test_a_key_with_rates_of_its_own(opened: Open) -> None:

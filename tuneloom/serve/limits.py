@@ -260,7 +260,7 @@ def model_of(target: Target) -> str:
         # A checkpoint, by its full name: what stands before its suffix may hold colons itself.
         _, suffix, unique, _ = target.version.rsplit(":", 3)
         return suffix or unique
-    return target.version.split(":")[1]
+    return target.stable_name.rpartition("@")[0]
 
 
 def _open_redis(settings: Settings, watch: Callable[[bool], None]) -> "RedisCounters | None":
