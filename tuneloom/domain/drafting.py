@@ -106,6 +106,7 @@ class Drafter(Record):
 
     It is the fence: each commit of a process replaces this record at the revision that it wrote last; rows count once
     `batches` names them. A new `attempt`, or a close, replaces it first, so that a zombie fails at its next write.
+    `heartbeat_at` is None until the attempt of `launched_at` has begun, which may wait for room in the cluster.
     `quota` is the rows that it should make in all; `token_limit` and `cost_limit` what it may spend. `reserved` are the
     tokens of a call under way: an attempt that is lost has spent them. `model_version` is what the provider said.
     """
@@ -118,6 +119,7 @@ class Drafter(Record):
     state: Literal["waiting", "running", "done", "failed", "closed"] = "waiting"
     attempt: int = 0
     losses: int = 0
+    launched_at: float | None = None
     heartbeat_at: float | None = None
     batches: tuple[DraftBatch, ...] = ()
     counts: DraftCounts = DraftCounts()

@@ -159,6 +159,55 @@ def test_a_silent_drafter_is_replaced_and_its_late_rows_do_not_count(open_desk: 
     assert made["drafters"][0]["losses"] == 1
 
 
+def test_a_drafter_that_waits_for_room_is_not_lost(open_desk: Open):
+    desk = open_desk(heartbeat_timeout_s=30)
+    go = threading.Event()
+
+    class Queue(Threads):
+        def launch(self, drafter: Drafter) -> None:
+            self.launched.append(drafter.handle)
+
+            def later() -> None:
+                go.wait(30)
+                draft(self._store, self._settings, drafter.id, drafter.attempt)
+
+            self._threads[drafter.handle] = threading.Thread(target=later, daemon=True)
+            self._threads[drafter.handle].start()
+
+    desk.control._tasks = queue = Queue(desk.store, desk.settings)
+    id = desk.create(rows=10)["id"]
+    desk.until(lambda: len(queue.launched) == 1)
+    desk.control._clock = lambda: time.time() + 100
+    for _ in range(5):
+        desk.control.tick()
+    desk.control._clock = time.time
+    go.set()
+    check_whole(desk, desk.run(id), 10)
+    assert len(queue.launched) == 1
+
+
+def test_a_launch_that_died_with_its_control_is_made_again(open_desk: Open):
+    desk = open_desk(heartbeat_timeout_s=30)
+
+    class Nothing(Threads):
+        def launch(self, drafter: Drafter) -> None:
+            self.launched.append(drafter.handle)
+
+    first = Drafts(desk.store, Nothing(desk.store, desk.settings), desk.settings)
+    id = desk.create(rows=10)["id"]
+    first.tick()
+    first.tick()
+    first.close()
+    desk.control.tick()
+    assert desk.tasks.launched == []
+    desk.control._clock = lambda: time.time() + 31
+    desk.control.tick()
+    desk.control._clock = time.time
+    made = desk.run(id)
+    check_whole(desk, made, 10)
+    assert made["drafters"][0]["losses"] == 1
+
+
 def test_a_drafter_that_is_always_lost_fails_in_the_end(open_desk: Open):
     desk = open_desk(max_losses=2)
 

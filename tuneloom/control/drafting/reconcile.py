@@ -160,7 +160,8 @@ class Drafts:
         if drafter.is_over:
             self._tasks.stop(drafter.handle)
         elif may_launch:
-            changes = {"state": "running", "attempt": drafter.attempt + 1, "heartbeat_at": self._clock()}
+            now = self._clock()
+            changes = {"state": "running", "attempt": drafter.attempt + 1, "launched_at": now, "heartbeat_at": None}
             after = drafter.model_copy(update=changes)
             self._places -= 1
             self._records.commit(self._records.drafters.replace(stored, after))
@@ -171,8 +172,11 @@ class Drafts:
 
     def _is_lost(self, drafter: Drafter) -> bool:
         seen = self._tasks.observe(drafter.handle)
-        silent_s = self._clock() - (drafter.heartbeat_at or 0.0)
-        return seen == "over" or (silent_s > self._settings.heartbeat_timeout_s)
+        if seen == "alive" and drafter.heartbeat_at is None:
+            # It waits for room; the time limit of its draft ends that.
+            return False
+        last = drafter.heartbeat_at or drafter.launched_at or 0.0
+        return seen == "over" or self._clock() - last > self._settings.heartbeat_timeout_s
 
     def _lose(self, stored: Stored[Drafter]) -> None:
         drafter = stored.value
