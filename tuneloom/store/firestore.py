@@ -7,7 +7,7 @@ the time of a document's last update. `firestore_values` tells how a record lies
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tuneloom.errors import InvalidRequest, TooLarge
+from tuneloom.errors import InvalidRequest, Overloaded, TooLarge
 from tuneloom.store.base import (
     CommitUnknown,
     Create,
@@ -114,7 +114,8 @@ class FirestoreDocuments:
     def _send(self, attempt: Attempt) -> dict[tuple[str, str], str]:
         """Send it until it is known what became of it, or time is up.
 
-        Two tries of one commit cannot both be applied if it is repeatable: the first changes what the second asks for.
+        Two tries of one commit cannot both be applied if it is repeatable: the first changes what the second asks for,
+        short of another writer who deletes in between what the first created.
         A conflict after a try whose answer was lost may be with that try; the documents tell by the id of their commit.
         """
         tries = Tries()
@@ -141,7 +142,10 @@ class FirestoreDocuments:
 
     def _applied(self, attempt: Attempt) -> dict[tuple[str, str], str] | None:
         """The revisions that a commit made, if one of its documents still tells of it."""
-        found = self._get(attempt.keys, with_data=False)
+        try:
+            found = self._get(attempt.keys, with_data=False)
+        except Overloaded as error:
+            raise self._unknown(attempt) from error
         own = {key: document for key, document in found.items() if document.data[COMMIT] == attempt.id}
         if not own and (attempt.written or found):
             return None
