@@ -5,7 +5,7 @@ import pytest
 
 from tests.control.conftest import PEPPER
 from tuneloom.config import Pepper
-from tuneloom.control import keys
+from tuneloom.control import key_fields, keys
 from tuneloom.errors import InvalidRequest, NotFound
 from tuneloom.store.keys import find_secret
 
@@ -41,7 +41,7 @@ def test_keys_are_listed_newest_first_by_owner(store):
     [("30d", 2592000), ("12h", 43200), ("90m", 5400), ("2w", 1209600), (60, 60), ("60", 60), (None, None)],
 )
 def test_durations(text, seconds):
-    assert keys.parse_duration(text) == seconds
+    assert key_fields.parse_duration(text) == seconds
 
 
 def test_an_expiry_counts_from_now(store):

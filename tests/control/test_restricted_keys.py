@@ -117,3 +117,9 @@ def test_an_adapter_is_imported_only_as_a_model_that_the_key_is_for(api):
     files = {"config": ("adapter_config.json", b"{}"), "weights": ("adapter_model.safetensors", b"x")}
     answer = api.post(f"{OURS}/import", data={"name": "new", "base": BASE}, files=files, key=BOT)
     assert_error(answer, 404, "name")
+
+
+@pytest.mark.parametrize("path", ["/v1/tuneloom/webhooks", "/v1/tuneloom/audit", "/v1/tuneloom/usage?start_time=1"])
+def test_what_is_about_all_that_an_owner_has_is_not_for_a_key_for_some_models(api, path):
+    assert_error(api.get(path, key="ada:account,training:bot"), 403, None, "some models")
+    assert api.get(path, key="ada:account,training").status_code == 200

@@ -23,7 +23,7 @@ def audit(
 ) -> None:
     """Who did what to keys, jobs, models, files and adapters, newest first."""
     from tuneloom.control.api_audit import Filter, read_entries
-    from tuneloom.control.keys import parse_duration
+    from tuneloom.control.key_fields import parse_duration
 
     wanted = Filter(
         owner=owner,

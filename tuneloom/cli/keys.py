@@ -38,13 +38,13 @@ def create(
 ) -> None:
     """Make a key. Its secret goes to stdout, this once; the rest to stderr."""
     from tuneloom.config import read_pepper
-    from tuneloom.control import keys
+    from tuneloom.control import key_fields, keys
 
     with open_store(context) as store:
         minted = keys.mint(
             store.records,
             read_pepper(read_settings(context)),
-            owner=keys.check_owner(owner),
+            owner=key_fields.check_owner(owner),
             name=name,
             scopes=scope or keys.DEFAULT_SCOPES,
             expires_in=expires_in,
@@ -112,7 +112,7 @@ def update(
     """Change a key; what is not named stays. Its secret stays too."""
     import time
 
-    from tuneloom.control import audit, keys
+    from tuneloom.control import audit, key_fields, keys
 
     rates = {
         "requests_per_minute": requests_per_minute,
@@ -126,12 +126,12 @@ def update(
         def change(key: "ApiKey") -> "ApiKey":
             changed: dict[str, object] = {}
             if name is not None:
-                changed["name"] = keys.check_name(name)
+                changed["name"] = key_fields.check_name(name)
             if expires_in is not None:
-                changed["expires_at"] = keys.expiry(None if expires_in == "never" else expires_in, time.time())
+                changed["expires_at"] = key_fields.expiry(None if expires_in == "never" else expires_in, time.time())
             if model:
                 models = () if model == ["all"] else _models(context, store, key.owner, model)
-                changed["models"] = keys.check_reach(models, key.scopes)
+                changed["models"] = key_fields.check_reach(models, key.scopes)
             wanted = {field: value for field, value in rates.items() if value is not None}
             return key.model_copy(update={**changed, "rates": key.rates.model_copy(update=wanted)})
 
@@ -186,11 +186,11 @@ def rotate_pepper(context: typer.Context) -> None:
 
 def _models(context: typer.Context, store: "Store", owner: str, names: list[str]) -> tuple[str, ...]:
     from tuneloom.config import Pepper
-    from tuneloom.control import keys
+    from tuneloom.control import key_fields
     from tuneloom.control.context import ApiContext
 
     find_base = ApiContext(read_settings(context), store, Pepper((b"",)), lambda: None).find_base_id
-    return keys.check_models(store.records, owner, names, find_base)
+    return key_fields.check_models(store.records, owner, names, find_base)
 
 
 def _rates(requests_per_minute: int | None, requests_per_day: int | None, tokens_per_minute: int | None) -> "Rates":

@@ -30,7 +30,7 @@ def usage(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What was used and what it cost. A job counts when it has ended; the last seconds of calls may be missing."""
-    from tuneloom.control.keys import parse_duration
+    from tuneloom.control.key_fields import parse_duration
     from tuneloom.control.usage import Question, total
 
     columns = _columns(by)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.control import audit, keys, repeat
+from tuneloom.control import audit, key_fields, keys, repeat
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, in_thread
 from tuneloom.control.key_rights import check_covers, owner_of
@@ -69,7 +69,7 @@ class KeysApi:
 
     def _create(self, request: Request, raw: bytes) -> Minted:
         body, principal = parse(CreateKey, raw), caller(request)
-        owner = keys.check_owner(owner_of(principal, body.owner) or principal.owner)
+        owner = key_fields.check_owner(owner_of(principal, body.owner) or principal.owner)
         minted = keys.draft(
             self._context.pepper,
             owner=owner,
@@ -122,13 +122,13 @@ class KeysApi:
     def _changed(self, key: ApiKey, body: UpdateKey) -> dict[str, Any]:
         named, changed = body.model_fields_set, {}
         if "name" in named:
-            changed["name"] = keys.check_name(body.name)
+            changed["name"] = key_fields.check_name(body.name)
         if "rates" in named:
             changed["rates"] = body.rates
         if "expires_in" in named:
-            changed["expires_at"] = keys.expiry(body.expires_in, time.time())
+            changed["expires_at"] = key_fields.expiry(body.expires_in, time.time())
         if "models" in named:
-            changed["models"] = keys.check_reach(self._models(key.owner, body.models), key.scopes)
+            changed["models"] = key_fields.check_reach(self._models(key.owner, body.models), key.scopes)
         return changed
 
     async def revoke(self, request: Request) -> Response:
@@ -174,7 +174,7 @@ class KeysApi:
         return key
 
     def _models(self, owner: str, names: list[str]) -> tuple[str, ...]:
-        return keys.check_models(self._records, owner, names, self._context.find_base_id)
+        return key_fields.check_models(self._records, owner, names, self._context.find_base_id)
 
     async def _read(self, request: Request) -> bytes:
         return await read_json(request, self._context.settings.gateway.max_body_bytes)

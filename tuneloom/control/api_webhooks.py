@@ -14,7 +14,7 @@ from starlette.routing import Route
 from tuneloom.control import audit, repeat, webhooks
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
-from tuneloom.control.keys import parse_duration
+from tuneloom.control.key_fields import parse_duration
 from tuneloom.control.pages import read_page
 from tuneloom.control.webhook_secrets import Vault, open_vault
 from tuneloom.control.webhook_view import show_delivery, show_endpoint

@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from tuneloom.config import BaseSettings, Pepper, Settings
 from tuneloom.domain import Principal, Scope
-from tuneloom.errors import InvalidRequest, ModelNotFound
+from tuneloom.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from tuneloom.store import Store
 
 T = TypeVar("T")
@@ -62,10 +62,16 @@ async def in_thread(work: Callable[..., T], *args: object) -> T:
 
 
 def caller(request: Request, *scopes: Scope) -> Principal:
-    """Who calls; raises PermissionDenied unless their key has every scope."""
+    """Who calls.
+
+    Raises:
+        PermissionDenied: their key lacks a scope, or it is for some models and this is about all that its owner has.
+    """
     principal: Principal = request.state.principal
     for scope in scopes:
         principal.require(scope)
+    if "account" in scopes and principal.models:
+        raise PermissionDenied("This key is for some models only, and this is about all that its owner has.")
     return principal
 
 

@@ -4,7 +4,7 @@ import time
 
 from tuneloom.config import Settings
 from tuneloom.control import audit
-from tuneloom.control.keys import check_owner
+from tuneloom.control.key_fields import check_owner
 from tuneloom.control.retry import retry
 from tuneloom.domain import Actor, Allowance, AuditTarget, OwnerLimits, Principal
 from tuneloom.errors import InsufficientQuota
