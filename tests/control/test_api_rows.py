@@ -44,6 +44,14 @@ def test_a_page_shows_rows_with_their_numbers_and_problems(api: Api):
     assert (page["last_row"], page["has_more"]) == (5, False)
 
 
+def test_numbers_are_shown_as_they_are_stored(api: Api):
+    row = '{"messages": [], "x": [1e400, 1.0, 12345678901234567890123, 1e5], "y": "\u2028"}'
+    id = api.upload(row.encode() + b"\n")
+    answer = api.get(f"/v1/tuneloom/files/{id}/rows")
+    assert answer.status_code == 200 and f'"data": {row}}}' in answer.text
+    assert answer.json()["data"][0]["problems"] != []
+
+
 def test_pages_follow_one_another(api: Api):
     id = api.upload(lines(*ROWS))
     found, after = [], 0

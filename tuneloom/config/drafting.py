@@ -30,6 +30,8 @@ class DraftProviderSettings(Section):
             raise ValueError("a provider of the kind `openai` needs `base_url`")
         if self.api_key_env is not None and self.api_key_file is not None:
             raise ValueError("give `api_key_env` or `api_key_file`, not both")
+        if self.api_key_env is not None and self.api_key_env.startswith(("TUNELOOM_", "RAY_")):
+            raise ValueError("`api_key_env`: a cluster does not inherit variables that begin with TUNELOOM_ or RAY_")
         if (self.input_price is None) != (self.output_price is None):
             raise ValueError("give `input_price` and `output_price`, or neither")
         return self
@@ -37,7 +39,7 @@ class DraftProviderSettings(Section):
 
 class DraftingSettings(Section):
     providers: dict[str, DraftProviderSettings] = Field({}, description="by name; the first is the default")
-    max_tasks: int = Field(8, ge=1, description="drafters that run at once, each a process of about 200 MB; more wait")
+    max_tasks: int = Field(8, ge=1, description="drafters that run at once, each a process of about 170 MB; more wait")
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray counts for each: they mostly wait")
     max_drafts_per_owner: int = Field(2, ge=1, description="drafts of one owner that have not ended")
     max_rows: int = Field(1000, ge=10, le=1000, description="rows of one draft")

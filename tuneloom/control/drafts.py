@@ -1,6 +1,7 @@
 """Drafts as records: created, looked up, cancelled, their rows read while they come. No HTTP."""
 
 import itertools
+import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -201,7 +202,7 @@ def read_rows_of(store: Store, draft: Draft, *, after: int, limit: int) -> tuple
             raise NotFound(f"The File of the draft, `{draft.file_id}`, was deleted.", param="id")
         with store.blobs.open(found.value.blob) as file:
             page = read_page(file, after=after, limit=limit, max_bytes=PAGE_BYTES)
-        return [{"row": row.number, "data": row.data} for row in page.rows], page.has_more
+        return [{"row": row.number, "data": json.loads(row.json or "null")} for row in page.rows], page.has_more
     rows: list[dict[str, Any]] = []
     number = size = 0
     for batch in batches_by_time(drafters_of(store.records, draft)):

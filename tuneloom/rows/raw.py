@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from tuneloom.rows.fields import Wrong
 from tuneloom.rows.parse import BOM, parse
@@ -20,11 +20,13 @@ class RawRow:
 
 @dataclass(frozen=True)
 class SeenRow:
-    """A row as a page shows it. `data` is None where it is no JSON object; `problems` say why it cannot be learned."""
+    """A row as a page shows it. `json` is the object as it is stored, every number as it is written, and None where
+    there is none; `problems` say why it cannot be learned.
+    """
 
     number: int
     line: int
-    data: dict[str, Any] | None
+    json: str | None
     problems: tuple[Problem, ...]
 
 
@@ -69,12 +71,13 @@ def read_page(file: BinaryIO, *, after: int, limit: int, max_bytes: int) -> RowP
 
 
 def _seen(scan: Scan, row: RawRow) -> SeenRow:
-    data = None
+    text = None
     try:
         if row.raw is None:
             raise Wrong(f"The line is longer than {MAX_LINE_BYTES:,} bytes. Split the row.")
         data = parse(row.raw)
+        text = row.raw.decode()
         scan.row(data)
     except Wrong as problem:
-        return SeenRow(row.number, row.line, data, (Problem(row.line, str(problem)),))
-    return SeenRow(row.number, row.line, data, ())
+        return SeenRow(row.number, row.line, text, (Problem(row.line, str(problem)),))
+    return SeenRow(row.number, row.line, text, ())
