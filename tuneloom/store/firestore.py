@@ -36,7 +36,8 @@ class FirestoreDocuments:
     """`Documents` over one database of a project.
 
     An Increment reads its document once, when this process adds to that field for the first time: Firestore would put
-    the number in place of anything else. An integer that would pass 64 bits stays at the largest one.
+    the number in place of anything else. So a field that is added to must stay a number in all processes. An integer
+    that would pass 64 bits stays at the largest one.
     """
 
     def __init__(self, project: str, database: str = DEFAULT_DATABASE) -> None:
