@@ -2,6 +2,8 @@
 
 import io
 import json
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +118,21 @@ def test_wrong_rows_are_not_exported_as_json():
         exported(b"\nnope\n", "json")
     with pytest.raises(InvalidFile, match="It has no rows"):
         exported(b"\n\n", "json")
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_an_export_takes_the_memory_of_a_few_rows(tmp_path: Path, kind: Any):
+    path = tmp_path / "rows.jsonl"
+    row = json.dumps({"input": 'a "word", ' * 1000, "output": "b\n" * 1000}) + "\n"
+    with path.open("w") as file:
+        file.writelines(row for _ in range(1500))
+    tracemalloc.start()
+    try:
+        with path.open("rb") as file:
+            columns = plan_export(file, kind)
+        size = sum(len(piece) for piece in export(path.open("rb"), kind, columns))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size > 20 << 20
+    assert peak < 6 << 20

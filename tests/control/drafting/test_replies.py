@@ -60,23 +60,24 @@ def test_rows_are_found_and_repaired(format: DraftFormat, text: str, rows: list[
     reply = read_reply(format, text)
     assert reply.rows == rows
     assert reply.received == len(rows) and not reply.dropped
-    clean = text.startswith(('[{"instruction', '{"rows": [{"instruction'))
-    assert (reply.repaired == 0) == (clean or text == json.dumps([{"messages": TURNS}]) or _is_plain(text))
 
 
-def _is_plain(text: str) -> bool:
-    """One that has the right keys in valid JSON, in whatever envelope."""
-    return any(
-        text == json.dumps(known)
-        for known in (
-            {"data": [QA]},
-            {"my_rows": [QA]},
-            QA,
-            {"instruction": "a", "input": "c", "output": "b"},
-            {"conversations": [{"messages": TURNS}]},
-            [{"prompt": "a", "chosen": "b", "rejected": "c"}],
-        )
-    )
+@pytest.mark.parametrize(
+    ("format", "text", "repaired"),
+    [
+        ("instruction", json.dumps({"rows": [QA, QA]}), 0),
+        ("instruction", json.dumps([{**QA, "input": ""}]), 0),
+        ("instruction", json.dumps([{**QA, "id": 7}, QA]), 1),
+        ("instruction", json.dumps([{"question": "a", "output": "b"}, QA]), 1),
+        ("instruction", json.dumps([{**QA, "output": 42}, QA]), 1),
+        ("instruction", f"```json\n{json.dumps([QA, QA])}\n```", 2),
+        ("chat", json.dumps([{"messages": TURNS}]), 0),
+        ("chat", json.dumps([{"messages": [{**TURNS[0], "role": "human"}, TURNS[1]]}]), 1),
+        ("preference", json.dumps([{"prompt": "a", "chosen": "b", "rejected": "c"}]), 0),
+    ],
+)
+def test_repaired_rows_are_counted(format: DraftFormat, text: str, repaired: int):
+    assert read_reply(format, text).repaired == repaired
 
 
 @pytest.mark.parametrize(
