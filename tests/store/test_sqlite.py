@@ -143,3 +143,13 @@ def test_what_is_asked_often_is_found_by_an_index(
         plan = connection.execute(f"EXPLAIN QUERY PLAN {statement}", values).fetchall()
     assert len(plan) == 1, "no sorting: the index has the order"
     assert f"USING INDEX {index} (" in plan[0][3]
+
+
+def test_an_older_file_gets_the_indexes_of_today(path: Path) -> None:
+    SqliteDocuments(path).close()
+    with sqlite3.connect(path) as older:
+        older.execute("DROP INDEX usage_rows_by_owner")
+        older.execute("PRAGMA user_version = 1")
+    SqliteDocuments(path).close()
+    with sqlite3.connect(path) as today:
+        assert today.execute("SELECT 1 FROM sqlite_master WHERE name = 'usage_rows_by_owner'").fetchone()

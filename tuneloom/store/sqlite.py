@@ -31,7 +31,7 @@ from tuneloom.store.forks import ForkGate
 from tuneloom.store.limits import check_collection, check_size, check_writes, encode, is_document_id
 from tuneloom.store.sqlite_query import INDEXES, holds, select
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 15.0
 
 _TABLE = """
