@@ -405,7 +405,7 @@ async def test_calls_under_way_are_limited_by_owner_and_by_key(opened: Open) -> 
     service = opened(owner=Allowance(max_concurrent=3, max_concurrent_per_key=2))
     first, second = service.key(), service.key()
     for _ in range(3):
-        service.base.play(Started(1), 0.5, *hello()[1:])
+        service.base.play(Started(1), 2.0, *hello()[1:])
     under_way = [asyncio.create_task(ask(service, key)) for key in (first, first, second)]
     await eventually(lambda: len(service.base.requests) == 3)
 
@@ -423,7 +423,7 @@ async def test_calls_under_way_are_limited_by_owner_and_by_key(opened: Open) -> 
 async def test_calls_that_wait_for_their_first_token_are_limited(opened: Open) -> None:
     service = opened(owner=Allowance(max_waiting=1))
     key = service.key()
-    service.base.play(Started(1), 0.6, *hello()[1:])
+    service.base.play(Started(1), 2.0, *hello()[1:])
     waiting = asyncio.create_task(ask(service, key))
     await eventually(lambda: len(service.base.requests) == 1)
     refused = await ask(service, key)
@@ -431,7 +431,7 @@ async def test_calls_that_wait_for_their_first_token_are_limited(opened: Open) -
     assert (await waiting).status_code == 200
 
     # One that writes already does not wait.
-    service.base.play(Started(1), [Delta(0, "a")], 0.6, *hello()[1:])
+    service.base.play(Started(1), [Delta(0, "a")], 2.0, *hello()[1:])
     writing = asyncio.create_task(ask(service, key))
     await service.base.is_asleep.wait()
     await eventually(lambda: len(service.base.requests) == 2)

@@ -21,6 +21,7 @@ CHAT = {"model": "nothing", "messages": [{"role": "user", "content": "hi"}]}
 def settings(tmp_path_factory: pytest.TempPathFactory, redis_server) -> Settings:  # type: ignore[no-untyped-def]
     limits = LimitsSettings(
         redis_url=f"redis://{redis_server.address}/0",
+        redis_timeout_s=10,
         owner=Allowance(rates=Rates(requests_per_day=10)),
         refused_per_minute=3,
     )

@@ -24,12 +24,17 @@ def place(key: str = "p", limit: int = 2) -> Place:
     return Place(key, limit, "owner `ada`", "under way")
 
 
+def open_redis(url: str) -> RedisCounters:
+    """Patient: the machine may be busy."""
+    return RedisCounters(url, lambda is_up: None, timeout_s=10)
+
+
 @pytest.fixture(params=["memory", "redis"])
 async def counters(request: pytest.FixtureRequest) -> AsyncIterator[Counters]:
     if request.param == "memory":
         yield MemoryCounters()
         return
-    counters = RedisCounters(request.getfixturevalue("redis_url"), None, lambda is_up: None)
+    counters = open_redis(request.getfixturevalue("redis_url"))
     yield counters
     await counters.close()
 
@@ -59,12 +64,12 @@ async def test_a_cost_of_nothing_only_looks(counters: Counters) -> None:
 
 
 async def test_room_comes_back_when_the_answer_said(counters: Counters) -> None:
-    fast = charge(limit=4, seconds=1)
+    fast = charge(limit=4, seconds=2)
     for _ in range(4):
         assert (await counters.take([fast], (), "")).is_admitted
     refused = await counters.take([fast], (), "")
     wait_ms = refused.levels[0].wait_ms(fast)
-    assert not refused.is_admitted and wait_ms and 1000 < wait_ms + 250 < 1600
+    assert not refused.is_admitted and wait_ms and 1000 < wait_ms <= 2500
 
     await asyncio.sleep(wait_ms / 1000)
     assert (await counters.take([fast], (), "")).is_admitted
@@ -84,18 +89,18 @@ async def test_what_was_not_used_comes_back_and_what_was_more_is_added(counters:
 
 
 async def test_a_refund_goes_to_the_span_that_it_was_taken_from(counters: Counters) -> None:
-    fast = charge(limit=10, cost=10, seconds=1)
+    fast = charge(limit=10, cost=10, seconds=2)
     old = (await counters.take([fast], (), "")).levels[0].start_ms
-    await asyncio.sleep(1.1)
-    now = await counters.take([charge(limit=10, seconds=1, cost=1)], (), "")
+    await asyncio.sleep(2.2)
+    now = await counters.take([charge(limit=10, seconds=2, cost=1)], (), "")
     assert (now.levels[0].before, now.levels[0].used) == (10, 1)
 
     await counters.settle([Correction(fast, old, -8)], (), "")
-    level = (await counters.take([charge(limit=10, seconds=1, cost=0)], (), "")).levels[0]
+    level = (await counters.take([charge(limit=10, seconds=2, cost=0)], (), "")).levels[0]
     assert (level.before, level.used) == (2, 1)
     # A span that is over by now gets nothing.
-    await counters.settle([Correction(fast, old - 1000, -8)], (), "")
-    assert (await counters.take([charge(limit=10, seconds=1, cost=0)], (), "")).levels[0].used == 1
+    await counters.settle([Correction(fast, old - 2000, -8)], (), "")
+    assert (await counters.take([charge(limit=10, seconds=2, cost=0)], (), "")).levels[0].used == 1
 
 
 async def test_a_correction_of_what_nobody_knows_counts_only_upwards(counters: Counters) -> None:
@@ -119,17 +124,17 @@ async def test_places_are_held_until_they_are_left(counters: Counters) -> None:
 
 
 async def test_a_dead_gateway_leaves_its_places(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tuneloom.serve.limits_redis.PLACE_LIFE_S", 0.3)
-    dead, alive = (RedisCounters(redis_url, None, lambda is_up: None) for _ in range(2))
+    monkeypatch.setattr("tuneloom.serve.limits_redis.PLACE_LIFE_S", 1.5)
+    dead, alive = (open_redis(redis_url) for _ in range(2))
     try:
         await dead.take((), [place(limit=1)], "dead")
         await dead.close()
         assert not (await alive.take((), [place(limit=1)], "a")).is_admitted
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(1.6)
         assert (await alive.take((), [place(limit=1)], "a")).is_admitted
         # A holder that says so stays.
         for _ in range(3):
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.6)
             await alive.hold([place(limit=1)], "a")
         assert not (await alive.take((), [place(limit=1)], "b")).is_admitted
     finally:
@@ -139,7 +144,7 @@ async def test_a_dead_gateway_leaves_its_places(redis_url: str, monkeypatch: pyt
 async def test_memory_counts_as_redis_does(redis_url: str) -> None:
     """The same random steps, at the times of Redis."""
     now_ms = 0
-    memory, redis = MemoryCounters(lambda: now_ms), RedisCounters(redis_url, None, lambda is_up: None)
+    memory, redis = MemoryCounters(lambda: now_ms), open_redis(redis_url)
     rng, seen = random.Random(7), [0, 0]
     starts: list[tuple[Charge, int]] = []
     try:
@@ -159,10 +164,12 @@ async def test_memory_counts_as_redis_does(redis_url: str) -> None:
                 assert ours == theirs, step
                 seen[ours.is_admitted] += 1
                 starts += [(each, level.start_ms) for each, level in zip(charges, ours.levels, strict=True)]
-            if starts and rng.random() < 0.5:
-                corrections = [Correction(*rng.choice(starts[-8:]), rng.randrange(-6, 4))]
-                for counters in (redis, memory):
-                    await counters.settle(corrections, places, holder)
+            # What was taken just now exists for both; of what is older, each may have forgotten it a moment earlier.
+            fresh = [(c, v.start_ms) for c, v in zip(charges, ours.levels, strict=True) if ours.is_admitted and c.cost]
+            corrections = [Correction(*rng.choice(starts[-8:]), -rng.randrange(7))] if starts else []
+            corrections = [Correction(*rng.choice(fresh), rng.randrange(4))] if fresh and step % 3 == 0 else corrections
+            for counters in (redis, memory) if rng.random() < 0.5 else ():
+                await counters.settle(corrections, places, holder)
     finally:
         await redis.close()
     assert min(seen) > 30
@@ -232,7 +239,7 @@ async def test_windows_that_are_over_leave_the_memory(monkeypatch: pytest.Monkey
 async def test_scripts_that_somebody_flushed_are_loaded_again(redis_url: str) -> None:
     import redis
 
-    counters = RedisCounters(redis_url, None, lambda is_up: None)
+    counters = open_redis(redis_url)
     try:
         await counters.take([charge()], (), "")
         with redis.Redis.from_url(redis_url) as admin:
@@ -247,7 +254,7 @@ async def test_scripts_that_somebody_flushed_are_loaded_again(redis_url: str) ->
 async def test_all_keys_of_redis_end_by_themselves(redis_url: str) -> None:
     import redis
 
-    counters = RedisCounters(redis_url, None, lambda is_up: None)
+    counters = open_redis(redis_url)
     try:
         taken = await counters.take([charge()], [place()], "a")
         await counters.settle([Correction(charge("new"), taken.levels[0].start_ms, 5)], (), "")

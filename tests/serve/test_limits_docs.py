@@ -37,12 +37,15 @@ def test_every_setting_stands_there():
     assert rows.keys() == LimitsSettings.model_fields.keys()
     defaults = LimitsSettings()
     assert rows["refused_per_minute"].startswith(f"{defaults.refused_per_minute}:")
+    assert rows["redis_timeout_s"].startswith(f"{defaults.redis_timeout_s}:")
     assert rows["reserved_tokens"].startswith(f"{defaults.reserved_tokens}:")
     assert re.findall(r"\d+", rows["anonymous_address"].partition(":")[2]) == numbers(defaults.anonymous_address)
 
 
 def test_the_example_of_redis_is_a_configuration():
     page = (Path(__file__).parents[2] / "docs" / "cloud.md").read_text(encoding="utf-8")
-    (text,) = re.findall(r"^```yaml\n(.*?)^```$", page.partition("## Redis\n")[2], re.MULTILINE | re.DOTALL)
+    (text,) = re.findall(
+        r"^```yaml\n(.*?)^```$", page.partition("## Redis\n")[2].partition("\n## ")[0], re.MULTILINE | re.DOTALL
+    )
     settings = Settings.model_validate({"home": "/nowhere", **yaml.safe_load(text)})
     assert (settings.gateway.replicas, settings.limits.owner.max_concurrent) == (3, 32)

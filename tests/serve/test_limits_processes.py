@@ -39,6 +39,7 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning", l
 def settings(tmp_path: Path, redis_url: str) -> Settings:
     limits = LimitsSettings(
         redis_url=redis_url,
+        redis_timeout_s=10,
         owner=Allowance(rates=Rates(requests_per_day=100, tokens_per_minute=1_000_000), max_concurrent=1000),
     )
     return Settings(home=tmp_path, bases=(BaseSettings(id=BASE),), limits=limits)

@@ -54,6 +54,9 @@ class LimitsSettings(Section):
         None, description="where the gateway's replicas count together; None: each in its memory, so there may be one"
     )
     redis_password_file: Path | None = None
+    redis_timeout_s: float = Field(
+        0.1, gt=0, le=10, description="how long a request waits for Redis; then nobody does, until it answers again"
+    )
     key: Rates = Field(Rates(), description="of each key that has none of its own")
     owner: Annotated[Allowance, _filled(OWNER)] = Field(OWNER, description="of each owner")
     anonymous: Annotated[Allowance, _filled(ANONYMOUS)] = Field(

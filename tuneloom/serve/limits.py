@@ -271,7 +271,9 @@ def _open_redis(settings: Settings, watch: Callable[[bool], None]) -> "RedisCoun
     from tuneloom.serve.limits_redis import RedisCounters
 
     try:
-        return RedisCounters(limits.redis_url, limits.redis_password_file, watch)
+        return RedisCounters(
+            limits.redis_url, watch, password_file=limits.redis_password_file, timeout_s=limits.redis_timeout_s
+        )
     except OSError as error:
         raise InvalidRequest(
             f"`limits.redis_password_file`: {limits.redis_password_file} cannot be read: {error.strerror}."

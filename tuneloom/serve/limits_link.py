@@ -7,6 +7,7 @@ a failure every call is refused at once, and Redis is asked in the background un
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from tuneloom.serve.limits_window import CountersDown
 
 logger = logging.getLogger(__name__)
 
-# Redis has so long in all, in slices: each passes only while this process looks for the answer, so that a busy event
-# loop is not taken for a dead Redis.
-SLICES, SLICE_S = 5, 0.02
+# The time that Redis has is counted in slices: each passes only while this process looks for the answer, so that a busy
+# event loop is not taken for a dead Redis.
+SLICE_S = 0.02
 PROBE_EVERY_S = 0.5
 MAX_BATCH = 128
 
@@ -37,6 +38,7 @@ class Link:
         self,
         url: str,
         password_file: Path | None,
+        timeout_s: float,
         scripts: dict[str, str],
         probe: Sequence[Any],
         on_change: Callable[[bool], None],
@@ -44,6 +46,7 @@ class Link:
         password = password_file.read_text(encoding="utf-8").strip() if password_file else None
         given = {"password": password} if password else {}
         self._pool = redis.asyncio.ConnectionPool.from_url(url, client_name="tuneloom-gateway", **given)
+        self._timeout_s = timeout_s
         self._scripts = scripts
         self._probe = probe
         self._on_change = on_change
@@ -55,7 +58,7 @@ class Link:
         self.is_up = True
 
     def send(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> asyncio.Future[Any]:
-        """Of what the script returns, or CountersDown within about SLICES * SLICE_S."""
+        """Of what the script returns, or CountersDown within about `timeout_s`."""
         loop = asyncio.get_running_loop()
         coming: asyncio.Future[Any] = loop.create_future()
         if not self.is_up:
@@ -80,7 +83,7 @@ class Link:
             while self._waiting:
                 batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
                 try:
-                    async with _Patience():
+                    async with _Patience(self._timeout_s):
                         replies = await self._exchange([call for call, _ in batch])
                 except CountersDown as error:
                     self._give_up(error, batch)
@@ -109,7 +112,7 @@ class Link:
         while not self.is_up:
             await asyncio.sleep(PROBE_EVERY_S)
             with contextlib.suppress(CountersDown):
-                async with _Patience():
+                async with _Patience(self._timeout_s):
                     await self._exchange([self._probe])
                 self.is_up = True
         logger.warning("Redis counts again: limits are kept for all gateways together")
@@ -181,15 +184,16 @@ def _checked(reply: Any) -> Any:
 
 
 class _Patience:
-    """A block that is given up after SLICES of SLICE_S, each of which ends only when the event loop comes to it.
+    """A block that is given up after `timeout_s`, in slices that end only when the event loop comes to them.
 
     Raises:
         CountersDown: it was given up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._left = SLICES
+        self._timeout_s = timeout_s
+        self._left = math.ceil(timeout_s / SLICE_S)
         self._is_over = False
 
     async def __aenter__(self) -> None:
@@ -199,7 +203,7 @@ class _Patience:
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._timer.cancel()
         if self._is_over and isinstance(error, asyncio.CancelledError) and self._task and not self._task.uncancel():
-            raise CountersDown(f"no answer within {SLICES * SLICE_S:g} s") from error
+            raise CountersDown(f"no answer within {self._timeout_s:g} s") from error
 
     def _tick(self) -> None:
         self._left -= 1

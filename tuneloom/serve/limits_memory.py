@@ -38,10 +38,11 @@ class MemoryCounters:
         now_ms = self._now_ms()
         for correction in corrections:
             charge = correction.charge
-            found = self._windows.get(charge.key)
-            if found is None and correction.by < 0:
-                continue
-            level = found[1] if found else Level(now_ms, 0, 0, now_ms)
+            _, level = self._windows.get(charge.key, (0, Level(now_ms - 2 * charge.size_ms, 0, 0, now_ms)))
+            if now_ms - level.start_ms >= 2 * charge.size_ms:
+                if correction.by < 0:
+                    continue
+                level = Level(now_ms, 0, 0, now_ms)
             if correction.by > 0 or level.start_ms == correction.start_ms:
                 corrected = Level(level.start_ms, level.before, max(0, level.used + correction.by), now_ms)
             elif level.start_ms == correction.start_ms + charge.size_ms:

@@ -104,7 +104,7 @@ for i = 1, windows do
     local size, wanted, by = numbers[at], numbers[at + 1], numbers[at + 2]
     at = at + 3
     local start, before, used = read(KEYS[i])
-    if not start then
+    if not start or now - start >= 2 * size then
         if by > 0 then
             write(KEYS[i], now, 0, by, {'PX', 2 * size})
         end
@@ -141,8 +141,15 @@ _PROBE = ("take", 1, f"{PREFIX}probe", "1 0 1000 1000000 1", "")
 class RedisCounters:
     """All requests of a process use one of these, on one event loop. `on_change` hears when Redis goes and comes."""
 
-    def __init__(self, url: str, password_file: Path | None, on_change: Callable[[bool], None]) -> None:
-        self._link = Link(url, password_file, _SCRIPTS, _PROBE, on_change)
+    def __init__(
+        self,
+        url: str,
+        on_change: Callable[[bool], None],
+        *,
+        password_file: Path | None = None,
+        timeout_s: float = 0.1,
+    ) -> None:
+        self._link = Link(url, password_file, timeout_s, _SCRIPTS, _PROBE, on_change)
         self._work: set[asyncio.Future[None]] = set()
 
     @property
