@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.parts import servers
 from tests.store import test_sqlite
 from tests.store.contract import DocumentsContract
-from tuneloom.store import open_documents
-from tuneloom.store.base import Create, Increment, Replace
+from tuneloom.store import firestore_api, limits, open_documents
+from tuneloom.store.base import MAX_WRITES, Create, Increment, Replace
 from tuneloom.store.firestore import FirestoreDocuments
 from tuneloom.store.firestore_api import FirestoreApi
 from tuneloom.store.firestore_values import MAX_FIRESTORE_BYTES, _size, escape, from_fields, to_fields, unescape
@@ -44,6 +44,14 @@ def test_both_stores_pass_the_same_tests() -> None:
     # None is replaced or left out by either.
     for store in (TestFirestoreDocuments, test_sqlite.TestSqliteDocuments):
         assert [name for name in vars(store) if name.startswith("test")] == []
+
+
+def test_the_page_tells_the_limits_that_hold() -> None:
+    page = (ROOT / "docs" / "cloud.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"takes up to {firestore_api.TRY_S:g} s, all tries about {firestore_api.TOTAL_S:g} s" in page
+    assert f"up to {limits.MAX_DOCUMENT_BYTES:,} bytes and {limits.MAX_FIELDS} fields" in page
+    assert f"up to {MAX_WRITES} records and {limits.MAX_COMMIT_BYTES:,} bytes" in page
+    assert f"--role={firestore_api.ROLE}" in page
 
 
 @pytest.fixture

@@ -338,6 +338,35 @@ def test_a_contended_increment_is_tried_again_and_an_uncertain_one_is_not(monkey
     assert [str(request.url).rpartition(":")[2] for request in transport.asked[4:]] == ["commit", "batchGet"]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refusal(404, "NOT_FOUND", "No document to update: projects/acme/databases/main/documents/things/a"),
+        refusal(409, "ALREADY_EXISTS", "Document already exists: projects/acme/databases/main/documents/things/a"),
+        refusal(400, "FAILED_PRECONDITION", "the stored version (2) does not match the required base version (1)"),
+    ],
+)
+def test_a_precondition_that_did_not_hold_is_a_conflict(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    documents, transport = answering(monkeypatch, answer)
+    with pytest.raises(StoreConflict, match="things/a"):
+        documents.commit([Create("things", "a", {})])
+    assert len(transport.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refusal(404, "NOT_FOUND", "The database main does not exist for project acme. Please visit the console."),
+        refusal(400, "FAILED_PRECONDITION", "The API is not available for Firestore in Datastore Mode database main."),
+    ],
+)
+def test_a_database_that_is_not_there_is_no_conflict(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    documents, _ = answering(monkeypatch, answer)
+    with pytest.raises(TuneloomError, match="`main`") as error:
+        documents.commit([Create("things", "a", {})])
+    assert not isinstance(error.value, StoreConflict)
+
+
 def test_a_commit_that_firestore_finds_too_large_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     told = refusal(400, "INVALID_ARGUMENT", "Request payload size exceeds the maximum allowed size.")
     documents, _ = answering(monkeypatch, told)

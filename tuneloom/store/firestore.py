@@ -4,6 +4,7 @@ A commit is one write batch, applied by Firestore whole or not at all. Its preco
 the time of a document's last update. `firestore_values` tells how a record lies in a document.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ DEFAULT_DATABASE = "(default)"
 PAGE = 300
 
 _CONFLICTS = {"ALREADY_EXISTS", "FAILED_PRECONDITION", "NOT_FOUND"}
+# The same statuses, but of the database and not of a document.
+_NO_DATABASE = re.compile(r"^The database .* does not exist|Datastore Mode", re.IGNORECASE)
 
 
 class FirestoreDocuments:
@@ -126,7 +129,7 @@ class FirestoreDocuments:
                 return attempt.revs(self._api.call("commit", attempt.body))
             except ApiError as error:
                 may_be_applied |= error.status in PASSING - NOT_APPLIED
-                if error.status in _CONFLICTS and not _is_no_database(error):
+                if _is_conflict(error):
                     if may_be_applied and (revs := self._applied(attempt)) is not None:
                         return revs
                     raise StoreConflict(f"{attempt.names} changed, exists or is gone: {error.message}") from error
@@ -187,5 +190,5 @@ def _document(found: Mapping[str, Any], *, with_data: bool = True) -> Document:
     return Document(collection, id, found["updateTime"], data)
 
 
-def _is_no_database(error: ApiError) -> bool:
-    return error.status == "NOT_FOUND" and "database" in error.message
+def _is_conflict(error: ApiError) -> bool:
+    return error.status in _CONFLICTS and not _NO_DATABASE.search(error.message)

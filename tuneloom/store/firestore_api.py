@@ -134,7 +134,7 @@ class FirestoreApi:
                     f"Firestore does not know {where}: {error.message} Create it, or name another one in "
                     "`documents_url`."
                 )
-            case "FAILED_PRECONDITION":
+            case "FAILED_PRECONDITION" if "index" in error.message:
                 return TuneloomError(
                     f"Firestore cannot answer a query of {where}: {error.message} Deploy "
                     "`cluster/firestore.indexes.json`."
