@@ -28,12 +28,14 @@ class Threads:
         self._store, self._settings = store, settings
         self.launched: list[str] = []
         self._threads: dict[str, threading.Thread] = {}
+        self._started: list[threading.Thread] = []
 
     def launch(self, drafter: Drafter) -> None:
         self.launched.append(drafter.handle)
         arguments = (self._store, self._settings, drafter.id, drafter.attempt)
         self._threads[drafter.handle] = threading.Thread(target=draft, args=arguments, daemon=True)
         self._threads[drafter.handle].start()
+        self._started.append(self._threads[drafter.handle])
 
     def observe(self, handle: str) -> Literal["alive", "over", "unknown"]:
         thread = self._threads.get(handle)
@@ -47,7 +49,8 @@ class Threads:
         self._threads = {}
 
     def join(self) -> None:
-        for thread in [*self._threads.values()]:
+        """Wait for all that were ever started; those that are stopped end at their next write."""
+        for thread in self._started:
             thread.join(10)
 
 

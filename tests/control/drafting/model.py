@@ -76,6 +76,17 @@ def reply(rows: list[Any], **more: Any) -> Reply:
     return Reply(json.dumps({"rows": rows}), **more)
 
 
+class Hold:
+    """A model that answers nothing until `go` is set."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __call__(self, ask: Ask) -> Reply:
+        self.go.wait(60)
+        return Reply(status=400, message="held")
+
+
 def in_turn(*models: Model | Reply) -> Model:
     """The first answers the first call, and so on; the last all others."""
     left, lock = list(models), threading.Lock()

@@ -1,6 +1,7 @@
 """The life of a draft from its create to its File, with the real clients of providers and drafters in threads."""
 
 import json
+import threading
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.control.conftest import assert_error
 from tests.control.drafting.conftest import DRAFTS, KEY, Open
-from tests.control.drafting.model import Ask, Reply, Rows, in_turn, reply, row
+from tests.control.drafting.model import Ask, Hold, Reply, Rows, in_turn, reply, row
 from tests.control.test_outbox import add_endpoint
 from tuneloom.rows import Scan
 
@@ -68,7 +69,6 @@ def test_provenance_is_read_from_the_draft_and_from_the_file(open_desk: Open):
 
 def test_fifty_drafters_make_a_thousand_rows(open_desk: Open):
     desk = open_desk(Rows("chat"))
-    started = time.monotonic()
     made = desk.made(format="chat", rows=1000, drafters=50)
     assert made["rows"] == 1000 and not made["partial"]
     texts = {json.dumps(data) for data in desk.rows(made["file_id"])}
@@ -82,21 +82,25 @@ def test_fifty_drafters_make_a_thousand_rows(open_desk: Open):
         "standard",
     ]
     assert {ask.temperature for ask in desk.server.asks} == {0.7, 1.0, 0.5, 0.9}
-    assert time.monotonic() - started < 60
 
 
 def test_no_more_drafters_run_at_once_than_the_settings_allow(open_desk: Open):
-    running, most = [0], [0]
+    running, most, lock, two = [0], [0], threading.Lock(), threading.Barrier(2)
     rows = Rows()
 
-    def slow(ask: Ask) -> Reply:
-        running[0] += 1
-        most[0] = max(most[0], running[0])
-        time.sleep(0.05)
-        running[0] -= 1
+    def count(by: int) -> None:
+        with lock:
+            running[0] += by
+            most[0] = max(most[0], running[0])
+
+    def model(ask: Ask) -> Reply:
+        count(1)
+        if ask.number <= 2:
+            two.wait(30)
+        count(-1)
         return rows(ask)
 
-    desk = open_desk(slow, max_tasks=2)
+    desk = open_desk(model, max_tasks=2, provider={"timeout_s": 40})
     assert desk.made(rows=60, drafters=6)["rows"] == 60
     assert most[0] == 2
 
@@ -234,9 +238,9 @@ def test_valid_json_of_the_wrong_shape_gives_no_rows(open_desk: Open, kind: str)
 
 @BOTH
 def test_a_reply_that_is_too_slow_is_asked_for_again(open_desk: Open, kind: str):
-    desk = open_desk(in_turn(Reply(delay_s=1.5), Rows()), kind, provider={"timeout_s": 0.5})
+    desk = open_desk(in_turn(Reply(delay_s=6), Rows()), kind, provider={"timeout_s": 2})
     made = desk.made(rows=10)
-    assert made["rows"] == 10 and len(desk.server.asks) == 2
+    assert made["rows"] == 10 and made["counts"]["calls"] == 1 and len(desk.server.asks) >= 2
 
 
 @BOTH
@@ -320,18 +324,21 @@ def test_the_budget_of_money_is_never_passed(open_desk: Open):
 
 def test_the_time_limit_keeps_what_there_is(open_desk: Open):
     rows = Rows()
-    desk = open_desk(in_turn(rows, Reply(delay_s=60)), provider={"timeout_s": 1.0, "attempts": 1}, heartbeat_s=0.05)
+    hold = Hold()
+    desk = open_desk(in_turn(rows, hold), provider={"timeout_s": 60}, heartbeat_s=0.05)
     id = desk.create(rows=100, time_limit_s=10)["id"]
     desk.until(lambda: desk.get(id)["rows"] == 10)
     now = time.time() + 11
     desk.control._clock = lambda: now
     made = desk.run(id)
     assert made["status"] == "succeeded" and made["partial"] and made["ended_by"] == "time_limit" and made["rows"] == 10
+    hold.go.set()
 
 
 def test_a_cancelled_draft_ends_within_seconds_and_keeps_its_rows(open_desk: Open):
     rows = Rows()
-    desk = open_desk(in_turn(rows, rows, lambda ask: Reply(delay_s=3)))
+    hold = Hold()
+    desk = open_desk(in_turn(rows, rows, hold), provider={"timeout_s": 60})
     id = desk.create(rows=200, drafters=2)["id"]
     desk.until(lambda: desk.get(id)["rows"] == 20)
     page = desk.api.get(f"{DRAFTS}/{id}/rows?after=15").json()
@@ -339,14 +346,13 @@ def test_a_cancelled_draft_ends_within_seconds_and_keeps_its_rows(open_desk: Ope
     asked = desk.api.post(f"{DRAFTS}/{id}/cancel").json()
     assert asked["status"] == "running" and asked["is_cancelling"]
     assert desk.api.post(f"{DRAFTS}/{id}/cancel").status_code == 200
-    started = time.monotonic()
+    # The calls that are under way do not end meanwhile.
     made = desk.run(id)
-    assert time.monotonic() - started < 2
     assert made["status"] == "cancelled" and made["partial"] and made["rows"] == 20 and made["ended_by"] == "cancelled"
     assert len(desk.rows(made["file_id"])) == 20
     assert desk.api.get(f"{DRAFTS}/{id}/rows").json()["is_final"]
     assert desk.api.post(f"{DRAFTS}/{id}/cancel").status_code == 200
-    desk.tasks.join()
+    hold.go.set()
 
 
 def test_a_draft_that_has_not_begun_is_cancelled_without_a_file(open_desk: Open):
