@@ -374,6 +374,16 @@ def test_a_refusal_names_the_bucket_and_the_role(blobs: GcsBlobs, spoiled: Front
         assert len(spoiled.requests) == number
 
 
+def test_an_answer_that_nobody_expects_is_told_with_its_status(blobs: GcsBlobs, spoiled: Front) -> None:
+    spoiled.spoil("/upload/", 400, times=3)
+    with pytest.raises(Overloaded, match="3 tries"):
+        blobs.write("a", b"x")
+    spoiled.spoil("/", 400, times=100)
+    for call in calls(blobs)[1:]:
+        with pytest.raises(TuneloomError, match="answered 400"):
+            call()
+
+
 def test_an_absent_bucket_is_named(gcs_server: servers.Server) -> None:
     for call in calls(GcsBlobs("no-such-bucket", "home", WAITS)):
         with pytest.raises(TuneloomError, match="no bucket `no-such-bucket`"):

@@ -18,7 +18,7 @@ from google.cloud.storage.exceptions import DataCorruption
 
 from tuneloom.errors import InvalidRequest, Overloaded
 from tuneloom.store.base import BlobCorrupt, BlobExists, BlobInfo, BlobNotFound
-from tuneloom.store.gcs_client import RETRY_AFTER_S, Bucket, Waits, asking, no_bucket
+from tuneloom.store.gcs_client import RETRY_AFTER_S, UNDERSTOOD, Bucket, Waits, asking, no_bucket
 from tuneloom.store.gcs_reader import PieceReader
 from tuneloom.store.limits import check_key
 
@@ -30,6 +30,8 @@ PAGE = 1000
 BUFFER_BYTES = 64 << 10
 UPLOAD_TRIES = 3
 MAX_TRIES = 20
+# An upload of which the server says so begins anew: its bytes are not the promised ones, or its session is gone.
+LOST = frozenset({400, 410})
 # An object's name has up to 1024 bytes, a key 900 of them.
 MAX_PREFIX = 100
 
@@ -171,7 +173,7 @@ class GcsBlobs:
             blob = self._bucket.blob(f"{self._root}{key}", chunk_size=UPLOAD_BYTES)
             blob.metadata = {"sha256": content.sha256}
             try:
-                with asking(self._bucket.name):
+                with asking(self._bucket.name, UNDERSTOOD | LOST):
                     blob.upload_from_file(
                         content.file,
                         rewind=True,

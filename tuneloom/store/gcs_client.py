@@ -26,7 +26,7 @@ EMULATOR = "STORAGE_EMULATOR_HOST"
 ROLE = "roles/storage.objectUser"
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 CONNECTIONS = 32
-UNDERSTOOD = {400, 404, 410, 412}
+UNDERSTOOD = frozenset({404, 412})
 RETRY_AFTER_S = 5.0
 # How long one try waits for a connection, and then for each next byte.
 CONNECT_S = 3.05
@@ -109,8 +109,8 @@ def no_bucket(bucket: str) -> TuneloomError:
 
 
 @contextlib.contextmanager
-def asking(bucket: str) -> Iterator[None]:
-    """Answers of Cloud Storage as our errors, but for those that the caller understands: `UNDERSTOOD`."""
+def asking(bucket: str, understood: frozenset[int] = UNDERSTOOD) -> Iterator[None]:
+    """Answers of Cloud Storage as our errors, but for the statuses that the caller understands."""
     try:
         yield
     except (exceptions.Unauthorized, exceptions.Forbidden, auth.RefreshError, auth.InvalidOperation) as error:
@@ -124,7 +124,7 @@ def asking(bucket: str) -> Iterator[None]:
             f"Cloud Storage does not answer for the bucket `{bucket}`. Try again.", retry_after_s=RETRY_AFTER_S
         ) from error
     except exceptions.GoogleAPICallError as error:
-        if error.code in UNDERSTOOD:
+        if error.code in understood:
             raise
         raise TuneloomError(
             f"Cloud Storage answered {error.code} for the bucket `{bucket}`: {error.message}"
