@@ -109,6 +109,6 @@ def test_what_could_not_be_read_back_is_not_written(records: Records) -> None:
 
 
 def test_every_kind_of_record_has_its_table(records: Records) -> None:
-    tables = {table._type: table._collection for table in vars(records).values() if hasattr(table, "_type")}
+    tables = {table._type: table.collection for table in vars(records).values() if hasattr(table, "_type")}
     assert set(tables) == set(Record.__subclasses__())
     assert all(getattr(records, collection) for collection in tables.values())
