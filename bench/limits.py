@@ -148,7 +148,7 @@ async def _measure(
             await sides[name]()
             # What is settled beside the answer counts for the processor of the request that it belongs to.
             walls[name].append((time.perf_counter() - wall) * 1000)
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.01)
             cpus[name].append((time.process_time() - cpu) * 1000)
     return walls, cpus
 

@@ -37,6 +37,8 @@ RETRY_AFTER_S = 2.0
 # Who was refused is refused again without asking who counts, but not for longer: the limit may have been raised.
 REMEMBERED_S = 1.0
 MAX_REMEMBERED = 10_000
+# What nobody waits for is told to Redis a little later.
+SETTLE_AFTER_S = 0.005
 # Redis gives places away after `limits_redis.PLACE_LIFE_S`.
 HOLD_EVERY_S = 10.0
 
@@ -131,15 +133,6 @@ class Limits:
         taken, _ = await self._count(looks, (), "", "light")
         return caller, standing(looks, taken.levels)
 
-    async def close(self) -> None:
-        """End what runs beside requests, after what is being settled."""
-        if self._work:
-            await asyncio.wait(set(self._work), timeout=1)
-        if self._holding is not None:
-            self._holding.cancel()
-        if self._redis is not None:
-            await self._redis.close()
-
     async def _count(
         self, charges: Sequence[Charge], places: Sequence[Place], holder: str, cost: Cost
     ) -> tuple[Taken, Counters]:
@@ -168,6 +161,9 @@ class Limits:
     async def _settle_now(self, admission: Admission, corrections: Sequence[Correction], left: Sequence[Place]) -> None:
         if not admission.places:
             self._with_places.discard(admission)
+        if admission.counters is self._redis and not admission.has_last_place:
+            # Out of the way of the answer, and together with others.
+            await asyncio.sleep(SETTLE_AFTER_S)
         try:
             await admission.counters.settle(corrections, left, admission.holder)
         except CountersDown:

@@ -57,7 +57,7 @@ class Admission:
         self.places = list(places) if taken.is_admitted else []
         self._settle = settle
         # Nobody else gets in until this one leaves.
-        self._has_last_place = any(held + 1 >= place.limit for held, place in zip(taken.held, places, strict=True))
+        self.has_last_place = any(held + 1 >= place.limit for held, place in zip(taken.held, places, strict=True))
         self._is_finished = not taken.is_admitted
         self._prompt_tokens = 0
         self._characters = 0
@@ -87,7 +87,7 @@ class Admission:
         elif isinstance(frame, Finished):
             self._used = frame.usage.prompt_tokens + frame.usage.completion_tokens
             settling = self.finish()
-            if settling is not None and self._has_last_place:
+            if settling is not None and self.has_last_place:
                 # Before the client hears the end and sends its next request.
                 await asyncio.shield(settling)
         else:
