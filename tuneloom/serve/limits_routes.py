@@ -10,13 +10,14 @@ Cost = Literal["call", "costly", "spending", "light"]
 _TABLE: tuple[tuple[str, str, Cost], ...] = (
     ("POST", r"/v1/(.+/)?(chat/)?completions", "call"),
     ("POST", r"/v1/fine_tuning/jobs", "spending"),
-    ("POST", r"/v1/tuneloom/drafts(/.*)?", "spending"),
+    ("POST", r"/v1/tuneloom/drafts", "spending"),
     ("POST", r"/v1/files", "costly"),
     ("POST", r"/v1/uploads", "costly"),
     ("POST", r"/v1/tuneloom/files/[^/]+/(check|edit)", "costly"),
     ("POST", r"/v1/tuneloom/estimate", "costly"),
     ("POST", r"/v1/tuneloom/models/import", "costly"),
     ("POST", r"/v1/tuneloom/keys(/[^/]+/rotate)?", "costly"),
+    ("POST", r"/v1/(tuneloom/webhooks|webhook_endpoints)/[^/]+/test", "costly"),
 )
 _COSTS = tuple((method, re.compile(path + "/?", re.DOTALL), cost) for method, path, cost in _TABLE)
 
