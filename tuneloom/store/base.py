@@ -163,8 +163,8 @@ class Documents(Protocol):
         matches a field that is there and null. A condition looks into objects, not into lists, and finds every value of
         a record of up to 200 kB with up to 5,000 of them. `order_by` is a top-level field, or `id`, the document id.
         Order is null, booleans, numbers, text by code point; `descending` reverses it, ids too. `bounds` apply to
-        `order_by` and admit only values of the bound's own type. `after` is the cursor: the (order_by value, id) of the last
-        document seen; with `order_by="id"` both are the id. Documents without the ordered field are not returned.
+        `order_by` and admit only values of the bound's own type. `after` is the cursor: the (order_by value, id) of the
+        last document seen; with `order_by="id"` both are the id. Documents without the ordered field are not returned.
         """
         ...
 
