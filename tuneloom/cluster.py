@@ -325,10 +325,8 @@ def _ray_folder(home: Path) -> Path:
     run = home / "run"
     run.mkdir(parents=True, exist_ok=True)
     run.chmod(0o700)
-    if len(str(run / "ray").encode()) <= MAX_RAY_FOLDER:
-        folder = run / "ray"
-    else:
-        folder = _short_folder(home) / "ray"
+    is_short = len(str(run / "ray").encode()) <= MAX_RAY_FOLDER
+    folder = (run if is_short else _short_folder(home)) / "ray"
     for session in folder.glob("session_*"):
         if session.is_symlink() or not session.is_dir():
             session.unlink(missing_ok=True)
