@@ -17,8 +17,9 @@ COMMAND = "python -m bench.run_all --vllm-python VENV/bin/python --vllm-preload 
 GROUPS = {
     "Serving": (
         *("ceilings", "work", "against_vllm", "over_http", "many_adapters", "prefix"),
-        *("fairness", "hot_swap", "soak", "limits"),
+        *("fairness", "hot_swap", "soak"),
     ),
+    "Gateway": ("gateway", "limits"),
     "Training": ("validate", "training", "demo", "beside", "estimate", "overhead", "kills"),
 }
 SCRIPTS = tuple(script for scripts in GROUPS.values() for script in scripts)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import fairness, hot_swap, kills, overhead, run_all, vllm_side
+from bench import fairness, hot_swap, kills, limits, overhead, run_all, vllm_side
 from bench.inputs import Work
 from bench.report import Report
 from bench.work import work_flops
@@ -60,7 +60,14 @@ def test_a_script_measures_and_writes_what_it_found(script: str, tiny_base: Path
 
 def test_every_script_is_run_for_the_results():
     # Those with a cluster of their own take minutes.
-    assert {*SCRIPTS, "over_http", "beside", "demo", "estimate", "overhead", "kills"} == set(run_all.SCRIPTS)
+    apart = {"over_http", "beside", "demo", "estimate", "overhead", "kills", "gateway", "limits"}
+    assert {*SCRIPTS, *apart} == set(run_all.SCRIPTS)
+
+
+def test_what_limits_add_is_measured_on_the_real_application(tmp_path: Path):
+    limits.main(["--quick", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["script"] == "limits" and found["ratios"]
 
 
 def test_the_results_page_has_every_ratio_its_bar_and_its_conditions(tmp_path: Path):
