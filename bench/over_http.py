@@ -52,7 +52,7 @@ class Server:
 
 
 @contextmanager
-def open_cluster(home: Path, setup: Setup, refs: list[AdapterRef]) -> Iterator[Server]:
+def open_cluster(home: Path, setup: Setup, refs: list[AdapterRef], mode: str = "compat") -> Iterator[Server]:
     """A cluster that serves the base and the adapters, as models `a0`, `a1`..., until the end of the context."""
     home.mkdir(parents=True, exist_ok=True)
     base = as_base(setup.base)
@@ -62,7 +62,7 @@ def open_cluster(home: Path, setup: Setup, refs: list[AdapterRef]) -> Iterator[S
     else:
         bases.add_folder(home / "bases", setup.base, base.id)
     engine = {"dtype": setup.dtype, "threads": setup.threads, "prefix_cache_bytes": 0}
-    config = {"gateway": {"port": 0}, "bases": [{"id": DEFAULT_BASE, "engine": engine}]}
+    config = {"gateway": {"port": 0, "mode": mode}, "bases": [{"id": DEFAULT_BASE, "engine": engine}]}
     (home / "config.yaml").write_text(yaml.safe_dump(config))
     try:
         tuneloom(home, "up")
@@ -77,14 +77,19 @@ def open_cluster(home: Path, setup: Setup, refs: list[AdapterRef]) -> Iterator[S
 
 def main(arguments: list[str] | None = None) -> Report:
     options = parser(__doc__, repetitions=3)
+    options.add_argument("--mode", default="compat", choices=("compat", "throughput", "haproxy"), help="gateway.mode")
     parsed = options.parse_args(arguments)
     setup = open_setup(parsed)
     work = Work.of(setup)
     refs = adapters(setup, NUM_ADAPTERS)
-    report = Report("over_http", describe(setup.threads), {"base": setup.base.name, "dtype": setup.dtype, "work": work})
+    report = Report(
+        "over_http",
+        describe(setup.threads),
+        {"base": setup.base.name, "dtype": setup.dtype, "work": work, "mode": parsed.mode},
+    )
     with scratch(setup) as folder, open_engine(setup, prefix_cache_bytes=0) as ours:
         asked = _endless_prompts(ours, setup, work, refs)
-        with open_cluster(Path(folder), setup, refs) as server:
+        with open_cluster(Path(folder), setup, refs, parsed.mode) as server:
             sides = _sides(ours, server, asked, work, refs)
             for side in sides.values():
                 side()
