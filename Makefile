@@ -39,7 +39,7 @@ parts: venv
 	$(BIN)/python -m tests.parts
 
 test: parts
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=30
 
 # Only the cloud parts (Firestore, Cloud Storage, Firebase Auth, Redis) and what several owners need: keys, limits, usage,
 # webhooks, drafting. Part of `make test`.
