@@ -34,12 +34,15 @@ down:
 demo: up
 	@exports=$$($(BIN)/tuneloom env) && eval "$$exports" && $(BIN)/python -u examples/headlines.py
 
+# Two at a time: one has the Ray clusters, which mostly wait. `make test IN_PARALLEL=` runs one after another.
+IN_PARALLEL ?= -n 2 --dist loadgroup --no-loadscope-reorder
+
 # The real servers that tests talk to: installed here if they are missing, started and ended by the tests.
 parts: venv
 	$(BIN)/python -m tests.parts
 
 test: parts
-	$(BIN)/python -m pytest -q --durations=30
+	$(BIN)/python -m pytest -q --durations=30 $(IN_PARALLEL)
 
 # Only the cloud parts (Firestore, Cloud Storage, Firebase Auth, Redis) and what several owners need: keys, limits, usage,
 # webhooks, drafting. Part of `make test`.

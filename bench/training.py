@@ -22,7 +22,7 @@ from bench.inputs import Setup, open_setup, parser
 from bench.machine import ForeignLoad, describe, enter_environment
 from bench.report import Report, interleave
 from bench.training_side import Outcome, Run
-from tuneloom.train.job import WORKER_ENVIRONMENT
+from tuneloom.train.environment import WORKER_ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "chatterbot-corpus==1.3.3"

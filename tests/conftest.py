@@ -23,15 +23,24 @@ from tests.tiny import make_adapter, make_base
 from tuneloom.store.sqlite import SqliteDocuments
 
 PARTS = {"firestore_server", "gcs_server", "redis_server", "auth_server"}
+END_TO_END = Path(__file__).parent / "e2e"
 # What stands on the parts, or beside them where several owners share a service.
 CLOUD = re.compile(r"firestore|gcs|copy|cloud|firebase|key|audit|limit|usage|webhook|outbound|draft|tenants|isolation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m cloud` selects what needs a part, and what goes with it."""
+    """`-m cloud` selects what needs a part, and what goes with it.
+
+    With several workers a file stays with one of them, for the sake of its fixtures. All that has a Ray cluster is one
+    group and comes first: it takes longest, and clusters beside each other would starve.
+    """
     for item in items:
         if PARTS & set(getattr(item, "fixturenames", ())) or CLOUD.search(item.path.stem):
             item.add_marker("cloud")
+        if END_TO_END in item.path.parents:
+            item.add_marker("cluster")
+        item.add_marker(pytest.mark.xdist_group("cluster" if item.get_closest_marker("cluster") else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -299,6 +299,7 @@ def _environment(settings: Settings, state: ClusterState) -> dict[str, str]:
     """The environment of every process of the cluster. Ray settings of the caller's shell mean other clusters."""
     from tuneloom.serve import modes
     from tuneloom.serve.guard import PROXY_ENVIRONMENT
+    from tuneloom.train.environment import WORKER_ENVIRONMENT
 
     home = settings.home
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNELOOM_"))}
@@ -310,9 +311,8 @@ def _environment(settings: Settings, state: ClusterState) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         # Ray starts its workers at 15, replicas too: any other work of the machine would then come before a request.
         "RAY_worker_niceness": "0",
-        # Bases come in by `tuneloom bases`; nothing that runs asks a hub for anything, or tells it.
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Bases come in by `tuneloom bases`: nothing that runs asks a hub. Replicas of bases wait in a way of their own.
+        **WORKER_ENVIRONMENT,
         MARKER: state.id,
         "TUNELOOM_HOME": str(home),
         "PYTHONUNBUFFERED": "1",

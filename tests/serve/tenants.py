@@ -188,6 +188,16 @@ CALLS: dict[str, list[Call]] = {
         *get(f"{OURS}/limits/OWNER"),
         *(Call(method, f"{OURS}/limits/OWNER", {"json": {"jobs": 1}}) for method in ("PUT", "POST", "DELETE")),
     ],
+    f"{OURS}/audit": get(f"{OURS}/audit"),
+    "/v1/organization/audit_logs": get("/v1/organization/audit_logs?actor_ids[]=KEY"),
+    "/v1/organization/admin_api_keys": [
+        *get("/v1/organization/admin_api_keys"),
+        post("/v1/organization/admin_api_keys", {"name": "mine"}),
+    ],
+    "/v1/organization/admin_api_keys/{id}": [
+        *get("/v1/organization/admin_api_keys/KEY"),
+        Call("DELETE", "/v1/organization/admin_api_keys/KEY"),
+    ],
     f"{OURS}/usage": get(f"{OURS}/usage?start_time=1", f"{OURS}/usage?start_time=1&api_key_ids=KEY&models=MODEL"),
     "/v1/organization/usage/completions": get("/v1/organization/usage/completions?start_time=1&project_ids=OWNER"),
     "/v1/organization/costs": get("/v1/organization/costs?start_time=1&project_ids=OWNER"),

@@ -16,6 +16,7 @@ from typing import Any
 from tuneloom.config import Settings, TrainSettings, load
 from tuneloom.domain import Progress
 from tuneloom.store import Store
+from tuneloom.train.environment import WORKER_ENVIRONMENT
 from tuneloom.train.failure import describe, worker_lost
 from tuneloom.train.folders import run_folder, stop_file
 from tuneloom.train.progress import HEARTBEAT_S, FenceLost, Voice
@@ -29,16 +30,6 @@ MAX_WORKER_DEATHS = 2
 STOP_WAIT_S = {signal.SIGTERM: 2.5, signal.SIGINT: 25.0}
 STARTING = "starting"
 NOTICE_POLL_S = 1.0
-WORKER_ENVIRONMENT = {
-    # OpenMP's threads spin while they wait for each other: by default for so long that work beside them on the same
-    # cores makes a step ten times slower, and without any spin they sleep too often. Steps of SmolLM2-135M with two
-    # threads on two cores, tokens a second on a free machine and beside one busy process: 407 and 56 with 20000,
-    # 306 and 160 with 2000, 298 and 219 with 500; 239 on a free machine without spin.
-    "GOMP_SPINCOUNT": "1000",
-    # Nothing is fetched while a job trains, and nobody is told of it.
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
 
 EXIT_OK, EXIT_FAILED, EXIT_FENCED, EXIT_STOPPED = 0, 1, 3, 143
 
@@ -115,14 +106,12 @@ def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    # The trainer under `TorchTrainer`, which would import torch in this process and the controller, seconds each, and
-    # make a process group that one worker has no use for.
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from tuneloom.train.trainer import LeanTrainer
 
     train = settings.train
     storage = settings.home / "runs" / "ray"
     resources = {"CPU": train.num_cpus, **({"GPU": train.num_gpus} if train.num_gpus else {})}
-    trainer = DataParallelTrainer(
+    trainer = LeanTrainer(
         worker,
         train_loop_config=config,
         scaling_config=ScalingConfig(num_workers=1, use_gpu=train.num_gpus > 0, resources_per_worker=resources),
@@ -133,13 +122,22 @@ def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
             storage_path=str(storage),
             # A node that is taken away says nothing against the run.
             failure_config=FailureConfig(max_failures=MAX_WORKER_DEATHS, max_preemption_failures=-1),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            worker_runtime_env=_runtime_env(),
         ),
     )
     try:
         trainer.fit()
     finally:
         shutil.rmtree(storage / name, ignore_errors=True)
+
+
+def _runtime_env() -> dict[str, Any]:
+    """What the worker's process lacks of its environment.
+
+    With nothing of its own it may be one of the processes that Ray has begun to start with the driver.
+    """
+    missing = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+    return {"env_vars": missing} if missing else {}
 
 
 def worker(config: dict[str, Any]) -> str:
