@@ -28,6 +28,7 @@ END_TO_END = Path(__file__).parent / "e2e"
 CLOUD = re.compile(r"firestore|gcs|copy|cloud|firebase|key|audit|limit|usage|webhook|outbound|draft|tenants|isolation")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`-m cloud` selects what needs a part, and what goes with it.
 
