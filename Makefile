@@ -35,7 +35,7 @@ demo: up
 	@exports=$$($(BIN)/tuneloom env) && eval "$$exports" && $(BIN)/python -u examples/headlines.py
 
 # Two at a time: one has the Ray clusters, which mostly wait. `make test IN_PARALLEL=` runs one after another.
-IN_PARALLEL ?= -n 2 --dist loadgroup --no-loadscope-reorder
+IN_PARALLEL ?= -n 2 --no-loadscope-reorder
 
 # The real servers that tests talk to: installed here if they are missing, started and ended by the tests.
 parts: venv

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import redis
+from xdist.scheduler import LoadScopeScheduling
 
 # One thread each: tests share two cores with each other, and OpenMP threads spin on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,25 +24,35 @@ from tests.tiny import make_adapter, make_base
 from tuneloom.store.sqlite import SqliteDocuments
 
 PARTS = {"firestore_server", "gcs_server", "redis_server", "auth_server"}
-END_TO_END = Path(__file__).parent / "e2e"
+CLUSTER = re.compile(r"tests/(e2e/|.*test_(\w*cluster|replicas)\.py)")
 # What stands on the parts, or beside them where several owners share a service.
 CLOUD = re.compile(r"firestore|gcs|copy|cloud|firebase|key|audit|limit|usage|webhook|outbound|draft|tenants|isolation")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m cloud` selects what needs a part, and what goes with it.
+    """`-m cloud` selects what needs a part, and what goes with it; `-m cluster` what has a Ray cluster.
 
-    With several workers a file stays with one of them, for the sake of its fixtures. All that has a Ray cluster is one
-    group and comes first: it takes longest, and clusters beside each other would starve.
+    The latter comes first: it takes longest.
     """
     for item in items:
         if PARTS & set(getattr(item, "fixturenames", ())) or CLOUD.search(item.path.stem):
             item.add_marker("cloud")
-        if END_TO_END in item.path.parents:
+        if CLUSTER.match(item.nodeid):
             item.add_marker("cluster")
-        item.add_marker(pytest.mark.xdist_group("cluster" if item.get_closest_marker("cluster") else str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+    items.sort(key=lambda item: not CLUSTER.match(item.nodeid))
+
+
+class _Lanes(LoadScopeScheduling):
+    """For several workers: a file stays with one of them, for the sake of its fixtures, and so does all that has a Ray
+    cluster, since clusters beside each other would starve.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "cluster" if CLUSTER.match(nodeid) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Lanes:
+    return _Lanes(config, log)
 
 
 @pytest.fixture(autouse=True)
