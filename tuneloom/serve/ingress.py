@@ -115,11 +115,7 @@ def make_app(context: Context) -> Starlette:
             Middleware(edge.Edge),
             Middleware(edge.BodyLimit, settings=gateway),
             Middleware(WrongKeys, limits=limits),
-            Middleware(
-                Authentication,
-                keys=keys,
-                people=context.people,
-            ),
+            Middleware(Authentication, keys=keys, people=context.people),
             Middleware(Limited, limits=limits),
         ],
         exception_handlers={HTTPException: edge.answer_http_exception},
