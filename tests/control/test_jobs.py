@@ -1,8 +1,8 @@
 import pytest
 
 from tuneloom.control import jobs
-from tuneloom.control.jobs import TRANSITIONS, UNFINISHED, History, apply
-from tuneloom.domain import TERMINAL, Hyperparameters, Job, JobError, JobSpec, Usage
+from tuneloom.control.jobs import TRANSITIONS, History, apply
+from tuneloom.domain import TERMINAL, UNFINISHED, Hyperparameters, Job, JobError, JobSpec, Usage
 from tuneloom.errors import Conflict
 
 STATES = [*UNFINISHED, *sorted(TERMINAL)]

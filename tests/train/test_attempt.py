@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.train.conftest import BASE_ID, Lab, colour_rows
 from tuneloom.bases import get_base
-from tuneloom.domain import TrainOptions
+from tuneloom.domain import Job, TrainOptions
 from tuneloom.store.artifacts import fetch_adapter, read_manifest
 from tuneloom.train.attempt import run_attempt
 from tuneloom.train.checkpoints import Checkpoints
@@ -81,6 +81,31 @@ def test_checkpoints_are_callable_records_and_only_the_last_are_kept(lab: Lab, t
     assert last.name.startswith("ft:tiny/llama:local:colours:") and last.name.endswith(":ckpt-step-12")
     assert last.metrics["train_loss"] == lab.losses(job.id)[-1]
     fetch_adapter(lab.store.blobs, last.adapter, tmp_path / "cache")
+
+
+def test_a_checkpoint_stays_while_an_unfinished_job_is_to_train_on_it(
+    lab: Lab, tmp_path: Path, at_step: Callable[[int, Callable[[], None]], None]
+) -> None:
+    """Also while that job only waits; once it has ended, the checkpoint goes as any other."""
+    job = lab.add_job(n_epochs=4, options=TrainOptions(rank=4, precision="fp32", checkpoint_every_steps=4))
+    waiting: list[Job] = []
+
+    def wait() -> None:
+        (first,) = lab.store.records.checkpoints.query({"job_id": job.id, "step": 4})
+        named = TrainOptions(precision="fp32", warm_start=first.value.name)
+        other = lab.add_job(options=named, state="queued")
+        waiting.append(lab.change_job(other.id, spec=other.spec.model_copy(update={"warm_start": first.value.adapter})))
+
+    def end() -> None:
+        assert lab.checkpoint_steps(job.id) == [4, 12, 16]
+        assert waiting[0].spec.warm_start is not None
+        fetch_adapter(lab.store.blobs, waiting[0].spec.warm_start, tmp_path / "cache")
+        lab.change_job(waiting[0].id, state="cancelled")
+
+    at_step(6, wait)
+    at_step(17, end)
+    assert run_attempt(lab.settings, job.id, 1) == "published"
+    assert lab.checkpoint_steps(job.id) == [20, 24]
 
 
 def test_the_steps_before_a_state_are_told_before_it_is_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,22 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tuneloom.control import audit, jobs
-from tuneloom.control.jobs import UNFINISHED, History, apply
+from tuneloom.control.jobs import History, apply
 from tuneloom.control.retry import retry
 from tuneloom.control.writer import JobWriter
-from tuneloom.domain import Actor, AuditTarget, Checkpoint, Departure, Draft, File, Job, Record, UploadPart, Version
+from tuneloom.domain import (
+    UNFINISHED,
+    Actor,
+    AuditTarget,
+    Checkpoint,
+    Departure,
+    Draft,
+    File,
+    Job,
+    Record,
+    UploadPart,
+    Version,
+)
 from tuneloom.errors import TuneloomError
 from tuneloom.store import Store
 from tuneloom.store.base import StoreConflict, Write
@@ -25,7 +37,7 @@ logger = logging.getLogger(__name__)
 FIRST = ("keys", "webhook_endpoints", "webhook_deliveries")
 REST = (
     *("upload_parts", "uploads", "files", "file_checks", "checkpoints", "versions", "models", "registrations"),
-    *("adapter_pins", "events", "progress", "speeds", "drafters", "drafts", "repeats", "jobs"),
+    *("adapter_pins", "events", "progress", "speeds", "drafters", "drafts", "repeats", "turns", "jobs"),
 )
 # What an owner has used and done is the installation's to know, and what limits them is not theirs to remove.
 KEPT = ("usage_parts", "usage_folds", "usage_rows", "usage_months", "audit_entries", "owner_limits", "departures")
@@ -34,7 +46,6 @@ BATCH = 200
 ROUND_S = 5.0
 # Longer than any request takes, uploads of files among them.
 SETTLE_S = 1800.0
-SYSTEM = Actor(kind="system", id="control")
 
 
 def ask(records: Records, owner: str, actor: Actor) -> Departure:
@@ -71,7 +82,7 @@ def _remove(store: Store, departure: Stored[Departure], now: float, is_late: Cal
     if not _empty(store, owner, FIRST, is_late) or not _end_work(records, owner, now):
         return
     if _empty(store, owner, REST, is_late) and now - departure.value.requested_at >= SETTLE_S:
-        told = audit.entry(SYSTEM, "account.deleted", _target(owner))
+        told = audit.entry(audit.SYSTEM, "account.deleted", _target(owner))
         records.commit(records.departures.delete(departure), told)
         logger.info("everything of an owner is removed: %s", owner)
 

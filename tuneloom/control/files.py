@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from tuneloom.control import audit
-from tuneloom.control.jobs import UNFINISHED
-from tuneloom.domain import Actor, AuditTarget, File, Job, Upload, UploadPart
+from tuneloom.domain import UNFINISHED, Actor, AuditTarget, File, Job, Upload, UploadPart
 from tuneloom.errors import Conflict, InsufficientQuota, InvalidFile, InvalidRequest, NotFound, TooLarge
 from tuneloom.rows import to_json_lines
 from tuneloom.store import Store

@@ -12,8 +12,6 @@ from typing import Any
 from tuneloom.domain import Estimate, Event, Hyperparameters, Job, JobError, JobState, Setting, Usage, event_id
 from tuneloom.errors import Conflict
 
-UNFINISHED: tuple[JobState, ...] = ("validating_files", "queued", "running", "paused")
-
 
 @dataclass(frozen=True)
 class FilesAccepted:

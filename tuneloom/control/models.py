@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tuneloom.bases import Base, linear_shapes
 from tuneloom.control import audit, outbox
-from tuneloom.control.jobs import UNFINISHED
 from tuneloom.control.retry import retry
 from tuneloom.domain import (
     TERMINAL,
+    UNFINISHED,
     Actor,
     AdapterRef,
     AuditTarget,
@@ -83,6 +83,7 @@ def add_version(
     job_id: str | None = None,
     metrics: dict[str, float] | None = None,
     fidelity: Fidelity | None = None,
+    fidelity_note: str | None = None,
     wanted_number: int = 0,
     activate: bool = False,
 ) -> Addition:
@@ -114,6 +115,7 @@ def add_version(
         job_id=job_id,
         metrics=metrics or {},
         fidelity=fidelity,
+        fidelity_note=fidelity_note,
     )
     told = outbox.version_created(records, version, at)
     if active == number:
@@ -150,9 +152,12 @@ def register(records: Records, job: Job, manifest: Manifest, at: float) -> Addit
         job_id=job.id,
         metrics=manifest.metrics,
         fidelity=manifest.fidelity,
+        fidelity_note=manifest.fidelity_note,
     )
     row = Registration(id=job.id, owner=job.owner, version_id=addition.version.id)
-    return Addition(addition.version, (*addition.writes, records.registrations.create(row)))
+    data = {"job": job.id, "base": job.spec.base, "sha256": manifest.adapter.sha256}
+    entry = audit.entry(audit.SYSTEM, "model.version.created", _target(addition.version), data)
+    return Addition(addition.version, (*addition.writes, records.registrations.create(row), entry))
 
 
 def activate(records: Records, owner: str, name: str, number: int, actor: Actor | None = None) -> Model:

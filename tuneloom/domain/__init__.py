@@ -38,6 +38,7 @@ from tuneloom.domain.names import (
 from tuneloom.domain.record import Record
 from tuneloom.domain.records import (
     TERMINAL,
+    UNFINISHED,
     AdapterPin,
     Checkpoint,
     Event,
@@ -66,6 +67,7 @@ from tuneloom.domain.training import (
     WandbIntegration,
     check_settings_agree,
 )
+from tuneloom.domain.turns import Turn
 from tuneloom.domain.usage import (
     Amounts,
     Price,
@@ -102,6 +104,7 @@ __all__ = [
     "ROLE_TEMPERATURES",
     "TERMINAL",
     "TEST_EVENT",
+    "UNFINISHED",
     "Actor",
     "AdapterPin",
     "AdapterRef",
@@ -150,6 +153,7 @@ __all__ = [
     "Speed",
     "Target",
     "TrainOptions",
+    "Turn",
     "Upload",
     "UploadPart",
     "Usage",

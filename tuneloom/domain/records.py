@@ -71,6 +71,7 @@ class FileCheck(Record):
 
 JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+UNFINISHED: tuple[JobState, ...] = ("validating_files", "queued", "running", "paused")
 
 
 class Job(Record):
@@ -204,7 +205,10 @@ class Model(Record):
 
 
 class Version(Record):
-    """One immutable adapter of a Model. `ft_name` is OpenAI's spelling of it, unique over all owners."""
+    """One immutable adapter of a Model. `ft_name` is OpenAI's spelling of it, unique over all owners.
+
+    `fidelity_note` tells why its `fidelity` is none, or not that with the base as it is served.
+    """
 
     collection: ClassVar[str] = "versions"
     model: str
@@ -216,6 +220,7 @@ class Version(Record):
     job_id: str | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     fidelity: Fidelity | None = None
+    fidelity_note: str | None = None
 
     @property
     def pinned_name(self) -> str:

@@ -15,6 +15,7 @@ EventType = Literal[
     "tuneloom.version.activated",
     "tuneloom.draft.completed",
     "tuneloom.draft.failed",
+    "tuneloom.draft.cancelled",
 ]
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 # Sent to an endpoint when its owner asks for it, whatever else it wants.

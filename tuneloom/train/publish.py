@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tuneloom.bases import Base, linear_shapes
 from tuneloom.domain import (
+    UNFINISHED,
     AdapterRef,
     Checkpoint,
     Fidelity,
@@ -37,6 +38,7 @@ class Outcome:
     metrics: dict[str, float]
     settings: tuple[Setting, ...] = ()
     fidelity: Fidelity | None = None
+    fidelity_note: str | None = None
 
 
 class Publisher:
@@ -62,7 +64,8 @@ class Publisher:
         self._clock = clock
 
     def checkpoint(self, folder: Path, step: int, metrics: dict[str, float], rank: int) -> None:
-        """Make the adapter in `folder` callable as the job's checkpoint at `step`; those beyond the last few go.
+        """Make the adapter in `folder` callable as the job's checkpoint at `step`; those beyond the last few go,
+        but not while a job is to train on them.
 
         A checkpoint that is already there, from before a restart, stays as it is.
         """
@@ -117,6 +120,7 @@ class Publisher:
                 metrics=outcome.metrics,
                 settings=outcome.settings,
                 fidelity=outcome.fidelity,
+                fidelity_note=outcome.fidelity_note,
                 created_at=self._clock(),
             )
             write_manifest(self._store.blobs, self._job.artifacts, manifest)
@@ -125,13 +129,24 @@ class Publisher:
     def _drop_old(self) -> None:
         table = self._store.records.checkpoints
         known = sorted(table.query({"job_id": self._job.id}), key=lambda stored: stored.value.step, reverse=True)
-        for stored in known[self._kept :]:
+        old = known[self._kept :]
+        # Read behind the checkpoints: a job that is created meanwhile has written the one that it names.
+        needed = self._needed() if old else set()
+        for stored in old:
+            if stored.value.adapter.uri in needed:
+                continue
             try:
                 self._store.records.commit(table.delete(stored))
             except StoreConflict:
                 # Somebody else removed it.
                 continue
             _delete_all(self._store.blobs, stored.value.adapter.uri)
+
+    def _needed(self) -> set[str]:
+        """The adapters that unfinished jobs of this owner are to train on."""
+        table, owner = self._store.records.jobs, self._job.owner
+        unfinished = (s for state in UNFINISHED for s in table.query({"owner": owner, "state": state}))
+        return {s.value.spec.warm_start.uri for s in unfinished if s.value.spec.warm_start is not None}
 
 
 def _checkpoint_id(job_id: str, step: int) -> str:
