@@ -80,6 +80,19 @@ def test_an_installation_goes_to_the_cloud_and_comes_back_the_same(local: str, c
 
 
 @pytest.mark.parametrize("kind", ["local", pytest.param("cloud", marks=pytest.mark.cloud)])
+def test_records_that_are_more_than_one_commit_takes_are_copied(
+    local: str, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    target = pair(tmp_path / "other") if kind == "local" else request.getfixturevalue("cloud")
+    largest = [*("x" * size for size in (999_980, 999_980, 999_980, 500_000)), *("é" * 499_980 for _ in range(3)), "x"]
+    with opened(local, target) as (here, there):
+        for i, value in enumerate(largest):
+            here.records.commit(Create("drafters", f"{i}", {"v": value}))
+        result = copy_store(here, there)
+        assert result.is_equal and result.records["drafters"] == len(largest)
+
+
+@pytest.mark.parametrize("kind", ["local", pytest.param("cloud", marks=pytest.mark.cloud)])
 def test_a_second_copy_has_nothing_to_do(local: str, tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
     target = pair(tmp_path / "other") if kind == "local" else request.getfixturevalue("cloud")
     with opened(local, target) as (here, there):

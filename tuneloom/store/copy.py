@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 from tuneloom.errors import Conflict
 from tuneloom.store import Store
 from tuneloom.store.base import BlobCorrupt, BlobExists, BlobInfo, BlobNotFound, Blobs, Create, Document, Documents
+from tuneloom.store.limits import MAX_COMMIT_BYTES, encode
 
 CHUNK_BYTES = 1 << 20
 PAGE = 300
-# Of one commit: Firestore takes 10 MiB.
-MAX_COMMIT_BYTES = 4_000_000
 REPORT_EVERY_S = 2.0
 MAX_NAMED = 20
 
@@ -126,10 +125,11 @@ def _copy_records(source: Store, target: Store, collection: str, result: Result,
     for ours, theirs in _both(source, target, collection):
         if ours is None or theirs is not None:
             continue
-        writes.append(Create(collection, ours.id, ours.data))
-        size_bytes += len(_canonical(ours))
-        if len(writes) == PAGE or size_bytes > MAX_COMMIT_BYTES:
+        size = len(encode(ours.data))
+        if len(writes) == PAGE or size_bytes + size > MAX_COMMIT_BYTES:
             flush()
+        writes.append(Create(collection, ours.id, ours.data))
+        size_bytes += size
     if writes:
         flush()
     if count:
