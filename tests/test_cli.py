@@ -162,6 +162,19 @@ def test_what_commands_do_is_in_the_audit_log(shell: Shell):
     assert shell("audit", "--since", "soon") == 1 and "`since`" in shell.err
 
 
+def test_bases_that_come_and_go_are_in_the_audit_log(shell: Shell, tiny_base: Path):
+    assert shell("bases", "add", str(tiny_base), "--id", "my/other") == 0
+    assert shell("bases", "remove", "my/other") == 0
+    assert shell("bases", "remove", "my/other") == 1
+    assert shell("audit", "--type", "base.added", "--type", "base.removed", "--json") == 0
+    entries = json.loads(shell.out)
+    assert [(entry["action"], entry["target"]["id"]) for entry in entries][:2] == [
+        ("base.removed", "my/other"),
+        ("base.added", "my/other"),
+    ]
+    assert {entry["actor"]["kind"] for entry in entries} == {"cli"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -46,6 +46,12 @@ def test_every_act_of_an_owner_leaves_one_entry(api):
     api.post("/v1/tuneloom/models/bot/rollback", key=ADA)
     api.delete("/v1/models/bot@v1", key=ADA)
     api.delete("/v1/models/bot", key=ADA)
+    edited = api.post(
+        f"/v1/tuneloom/files/{job['training_file']}/edit",
+        json={"operations": [{"op": "append", "rows": [{"text": "x"}]}]},
+        key=ADA,
+    )
+    assert edited.status_code == 200, edited.text
     api.delete(f"/v1/files/{job['training_file']}", key=ADA)
 
     wanted = [
@@ -61,6 +67,7 @@ def test_every_act_of_an_owner_leaves_one_entry(api):
         "model.version.rolled_back",
         "model.version.deleted",
         "model.deleted",
+        "file.edited",
         "file.deleted",
     ]
     assert types(api, limit=100)[::-1] == wanted

@@ -75,6 +75,8 @@ def test_a_job_goes_from_its_files_to_a_version_that_is_active(world):
     version = world.store.records.versions.get(done.version_id).value
     assert (version.ft_name, version.number, version.job_id) == (done.fine_tuned_model, 1, job.id)
     assert world.store.records.models.get(model_id("ada", "bot")).value.active == 1
+    (told,) = [entry.value for entry in world.store.records.audit_entries.query({"owner": "ada"})]
+    assert (told.action, told.actor.kind, told.target.id) == ("model.version.created", "system", version.id)
     said = [line for line in world.messages(job.id) if not line.startswith("Step")]
     assert said == [
         "Files validated, moving job to queued state",

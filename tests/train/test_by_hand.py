@@ -33,6 +33,9 @@ def test_good_data_becomes_a_job_that_control_adopts(lab: Lab, tmp_path: Path) -
     file = lab.store.records.files.get(stored.spec.training_file).value
     assert lab.store.blobs.read(file.blob) == (tmp_path / "rows.jsonl").read_bytes()
     assert lab.progress(job.id).attempt == 1
+    (told,) = [entry.value for entry in lab.store.records.audit_entries.query({"owner": "ada"})]
+    assert (told.action, told.actor.kind, told.target.id) == ("fine_tuning.job.created", "cli", job.id)
+    assert told.data == {"model": BASE_ID, "training_file": file.id, "method": "supervised"}
 
 
 def test_every_setting_has_a_flag(lab: Lab, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli.session import print_json, print_rows, read_settings
+from tuneloom.cli.session import open_store, print_json, print_rows, read_settings
 
 app = typer.Typer(help="Base models.", no_args_is_help=True)
 
@@ -62,6 +62,7 @@ def add(
         base = bases.add_gguf(bases_dir, source, id, progress=typer.echo)
     else:
         base = bases.add_folder(bases_dir, source, id)
+    _record(context, "base.added", base.id, {"source": source.name if source else "default"})
     typer.echo(f"{base.id} is in the catalogue")
     if base.id not in {entry.id for entry in settings.bases}:
         typer.echo(
@@ -79,4 +80,15 @@ def remove(context: typer.Context, id: Annotated[str, typer.Argument(help="The b
     if id in {base.id for base in settings.bases} and cluster.is_whole(settings.home):
         raise Conflict(f"`{id}` is being served. Take it out of `config.yaml`, or stop with `tuneloom down`, first.")
     bases.remove(settings.bases_dir, id)
+    _record(context, "base.removed", id, {})
     typer.echo(f"removed {id}")
+
+
+def _record(context: typer.Context, action: str, id: str, data: dict[str, str]) -> None:
+    """Write into the audit log what was done to the catalogue, which is no part of the store."""
+    from tuneloom.domain import LOCAL_OWNER, AuditTarget
+    from tuneloom.store import audit_log
+
+    target = AuditTarget(owner=LOCAL_OWNER, type="base", id=id)
+    with open_store(context) as store:
+        store.records.commit(audit_log.entry(audit_log.cli_actor(), action, target, data))

@@ -12,11 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tuneloom.control import files, owner_limits, repeat
+from tuneloom.control import audit, files, owner_limits, repeat
 from tuneloom.control.api_files import show_file
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
-from tuneloom.domain import File, new_id
+from tuneloom.domain import AuditTarget, File, new_id
 from tuneloom.errors import InvalidFile, InvalidRequest, NotFound
 from tuneloom.rows import Appended, Edit, NewRow, SeenRow, export, plan_export, read_page
 from tuneloom.rows.convert import joined
@@ -143,7 +143,10 @@ class RowsApi:
 
         def make() -> tuple[str, File, list[Write]]:
             owner_limits.check_room(self._settings, self._records, caller(request), file.size_bytes)
-            return id, file, [self._records.files.create(file)]
+            data = {"from": base.id, "operations": len(body.operations), "bytes": file.size_bytes}
+            target = AuditTarget(owner=owner, type="file", id=id, name=file.filename)
+            entry = audit.entry(audit.actor_of(request), "file.edited", target, data)
+            return id, file, [self._records.files.create(file), entry]
 
         with files.dropped_if_refused(self._store, file.blob):
             kept = repeat.create_once(

@@ -1,45 +1,25 @@
-"""The audit log: entries that are written in the same commit as the change they tell of. No HTTP beyond who asked.
+"""The audit log of control: entries (`store.audit_log`) with the callers of the API as actors; old ones go."""
 
-    records.commit(records.keys.replace(stored, key), audit.entry(actor, "api_key.updated", target, {...}))
-
-An action is named in OpenAI's manner: the type of the thing, a dot, what was done. Secrets never go into `data`.
-"""
-
-import getpass
 import logging
-import os
-import secrets
-import time
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.requests import Request
 
-from tuneloom.domain import Actor, AuditEntry, AuditTarget, Job, Principal, model_name
-from tuneloom.store.base import Create, Delete, Range, StoreConflict
+from tuneloom.domain import Actor, AuditEntry, Principal
+from tuneloom.store.audit_log import cli_actor, entry, of_job
+from tuneloom.store.base import Delete, Range, StoreConflict
 from tuneloom.store.records import Records
+
+__all__ = ["SYSTEM", "actor_of", "changes", "cli_actor", "entry", "of_job", "sweep"]
 
 logger = logging.getLogger(__name__)
 
+# Who does what nobody asks for at that moment.
+SYSTEM = Actor(kind="system", id="control")
+
 # In one commit.
 SWEPT = 300
-
-
-def entry(actor: Actor, action: str, target: AuditTarget, data: Mapping[str, Any] | None = None) -> Create:
-    """The write that records an act. A commit that is made again needs no new one, but each act has its own."""
-    now = time.time()
-    made = AuditEntry(
-        # Sorts by time to the microsecond, as the times themselves do.
-        id=f"audit_log-{int(now * 1_000_000):016x}{secrets.token_hex(5)}",
-        owner=target.owner,
-        created_at=now,
-        action=action,
-        actor=actor,
-        target=target,
-        data=dict(data or {}),
-    )
-    return Create(AuditEntry.collection, made.id, made.model_dump(mode="json"))
 
 
 def sweep(records: Records, before: float) -> None:
@@ -54,12 +34,6 @@ def sweep(records: Records, before: float) -> None:
         logger.info("another one sweeps the audit log")
 
 
-def of_job(actor: Actor, job: Job, participle: str, data: Mapping[str, Any] | None = None) -> Create:
-    """The write that records what was done to a job."""
-    target = AuditTarget(owner=job.owner, type="fine_tuning.job", id=job.id, name=model_name(job.spec, job.id))
-    return entry(actor, f"fine_tuning.job.{participle}", target, data)
-
-
 def actor_of(request: Request) -> Actor:
     """Who sends a request, as its Principal says."""
     principal: Principal = request.state.principal
@@ -72,16 +46,6 @@ def actor_of(request: Request) -> Actor:
         address=address,
         request_id=request.headers.get("x-request-id"),
     )
-
-
-def cli_actor() -> Actor:
-    """Who runs a command on this machine."""
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):
-        # A container may run under a number that no name belongs to.
-        name = str(os.getuid())
-    return Actor(kind="cli", id=name)
 
 
 def changes(before: BaseModel, after: BaseModel, *fields: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from tuneloom.domain import (
     new_id,
 )
 from tuneloom.errors import InvalidFile, InvalidRequest, TooLarge, TuneloomError
-from tuneloom.store import Store
+from tuneloom.store import Store, audit_log
 from tuneloom.store.names import find_start
 from tuneloom.train.check import Check, Report
 from tuneloom.train.folders import run_folder
@@ -147,8 +147,14 @@ def create(store: Store, prepared: Prepared) -> Job:
         records.jobs.create(job.model_copy(update={"attempt_started_at": now})),
         records.progress.create(Progress(id=job.id, owner=job.owner, attempt=1, heartbeat_at=now)),
         records.events.create(created),
+        audit_log.of_job(audit_log.cli_actor(), job, "created", _told(job)),
     )
     return job
+
+
+def _told(job: Job) -> dict[str, Any]:
+    """What the audit log says of it, as of a job of the API."""
+    return {"model": job.requested_model, "training_file": job.spec.training_file, "method": job.spec.method}
 
 
 def wait_for_version(store: Store, job_id: str, timeout_s: float = REGISTER_TIMEOUT_S) -> Version:
