@@ -13,7 +13,7 @@ from tests.train.conftest import BASE_ID, Lab, colour_rows
 from tuneloom.bases import get_base
 from tuneloom.config import BaseSettings, EngineSettings
 from tuneloom.domain import Job, JobError, TrainOptions
-from tuneloom.engine.memory import Room
+from tuneloom.engine.memory import Room, measure_room
 from tuneloom.rows import Scan
 from tuneloom.store.artifacts import Manifest, read_manifest
 from tuneloom.train import models
@@ -213,12 +213,31 @@ def test_preferences_are_compared_on_both_of_their_answers(lab: Lab) -> None:
     assert any("Rendering equals serving" in text and "with one turn" in text for text in told)
 
 
-def test_a_machine_without_room_for_an_engine_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_for_the_base_as_it_is_served_the_engine_takes_the_trainers_precision(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms = iter([Room("the host", 1000)])
+    monkeypatch.setattr("tuneloom.engine.assembly.measure_room", lambda kind: next(rooms, None) or measure_room(kind))
+    job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", quantization="nf4"), **FAST)
+
+    made = published(lab, job)
+
+    assert made.fidelity is not None and (made.fidelity.precision, made.fidelity.rows) == ("nf4", 16)
+    assert made.fidelity_note is not None
+    assert "With an engine in nf4" in made.fidelity_note and "does not fit" in made.fidelity_note
+    assert [event.message for event in lab.events(job.id) if event.level == "warn"] == [made.fidelity_note]
+
+
+def test_a_machine_without_room_for_any_engine_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tuneloom.engine.assembly.measure_room", lambda _: Room("the host", 1000))
     job = lab.add_job(**FAST)
-    assert published(lab, job).fidelity is None
+
+    made = published(lab, job)
+
+    assert made.fidelity is None and made.fidelity_note is not None
     (event,) = [event for event in lab.events(job.id) if event.level == "warn"]
-    assert "not compared with an engine" in event.message and "does not fit" in event.message
+    assert "ot compared with an engine" in event.message and "does not fit" in event.message
+    assert event.message == made.fidelity_note
 
 
 def test_the_rows_looked_at_are_the_same_each_time_and_of_each_kind(lab: Lab) -> None:

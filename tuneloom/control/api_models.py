@@ -16,6 +16,7 @@ from tuneloom.bases import catalogue, get_base
 from tuneloom.control import audit, exports, models, repeat
 from tuneloom.control.body import Body, Form, digest, identify, parse, read_form, read_json
 from tuneloom.control.context import ApiContext, caller, check_may_use, in_thread
+from tuneloom.control.together import Together
 from tuneloom.domain import Actor, AdapterRef, Model, Principal, Scope, Version, check_model_name, version_id
 from tuneloom.errors import InvalidRequest, MissingParameter, ModelNotFound, PermissionDenied, UnknownParameter
 from tuneloom.store.artifacts import ADAPTER_FILES
@@ -36,6 +37,7 @@ class ModelsApi:
         self._context = context
         self._store = context.store
         self._records = context.store.records
+        self._lists: Together[bytes] = Together()
 
     def routes(self) -> list[Route]:
         ours = "/v1/tuneloom/models"
@@ -52,9 +54,11 @@ class ModelsApi:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        return JSONResponse(await in_thread(self._list, caller(request)))
+        who = caller(request)
+        body = await self._lists.get((who.owner, who.models), lambda: in_thread(self._list, who))
+        return Response(body, media_type="application/json")
 
-    def _list(self, who: Principal) -> dict[str, Any]:
+    def _list(self, who: Principal) -> bytes:
         data = [base for base in self._bases() if who.may_use(base["root"])]
         found = models.list_versions(self._records, who.owner)
         versions = {version.id: version for version in found if who.may_use(version.model)}
@@ -64,7 +68,7 @@ class ModelsApi:
                 data.append(show_version(active, model.name))
         for version in versions.values():
             data += [show_version(version, version.pinned_name), show_version(version, version.ft_name)]
-        return {"object": "list", "data": data}
+        return bytes(JSONResponse({"object": "list", "data": data}).body)
 
     def _bases(self) -> list[dict[str, Any]]:
         """The bases that are served, and the aliases of those."""
@@ -268,6 +272,7 @@ def show_model(model: Model, versions: list[Version]) -> dict[str, Any]:
                 "sha256": version.adapter.sha256,
                 "metrics": version.metrics,
                 "fidelity": version.fidelity.model_dump() if version.fidelity else None,
+                "fidelity_note": version.fidelity_note,
             }
             for version in versions
         ],

@@ -52,6 +52,7 @@ class Manifest(BaseModel):
     metrics: dict[str, float]
     settings: tuple[Setting, ...] = ()
     fidelity: Fidelity | None = None
+    fidelity_note: str | None = None
     created_at: float
 
 

@@ -14,14 +14,13 @@ from typing import Any, Literal
 
 from tuneloom.bases import Base, get_base
 from tuneloom.config import Settings
-from tuneloom.domain import Fidelity, Job
-from tuneloom.errors import InvalidRequest
+from tuneloom.domain import Job
 from tuneloom.store import Store, open_store
 from tuneloom.train.best import BestAdapter
 from tuneloom.train.checkpoints import Checkpoints, SavedState
 from tuneloom.train.deaths import Deaths
 from tuneloom.train.failure import describe, is_out_of_memory
-from tuneloom.train.fidelity import check_factors, check_rendering, check_scores, sentence
+from tuneloom.train.fidelity import Compared, check_factors, check_rendering, check_scores, sentence
 from tuneloom.train.fit import fit_plan
 from tuneloom.train.folders import run_folder, stop_file
 from tuneloom.train.inputs import Inputs, read_inputs
@@ -250,27 +249,23 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learne
 def _hand_over(run: Run, learned: Learned) -> Result:
     """The adapter becomes what others can see, once an engine has computed with it what the trainer did."""
     run.voice.say(stage="checking")
-    fidelity = _compare(run, learned)
+    compared = _compare(run, learned)
     check_factors(learned.folder, learned.factors)
     if (wanted := _early_end(run.pulse)) is not None:
         return wanted
-    learned.publisher.version(learned.folder, replace(learned.outcome, fidelity=fidelity))
+    outcome = replace(learned.outcome, fidelity=compared.fidelity, fidelity_note=compared.note)
+    learned.publisher.version(learned.folder, outcome)
     return "published"
 
 
-def _compare(run: Run, learned: Learned) -> Fidelity | None:
-    """How closely an engine agrees with the trainer; None where the machine has no room for one."""
-    try:
-        fidelity = check_scores(
-            run.settings, run.base, learned.folder, learned.scored, learned.scores, learned.precision
-        )
-    except InvalidRequest as error:
-        if error.code != "out_of_memory":
-            raise
-        run.voice.say(f"What was trained is not compared with an engine: {error.message}", level="warn")
-        return None
-    run.voice.say(sentence(fidelity))
-    return fidelity
+def _compare(run: Run, learned: Learned) -> Compared:
+    """How closely an engine agrees with the trainer, told in the job's events."""
+    compared = check_scores(run.settings, run.base, learned.folder, learned.scored, learned.scores, learned.precision)
+    if compared.note is not None:
+        run.voice.say(compared.note, level="warn")
+    if compared.fidelity is not None:
+        run.voice.say(sentence(compared.fidelity))
+    return compared
 
 
 def _early_end(pulse: Pulse) -> Result | None:

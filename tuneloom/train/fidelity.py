@@ -6,6 +6,7 @@ The only part of training that computes with the engine. A difference ends the j
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,14 @@ MEAN_TOLERANCE = {"fp32": 0.001, "bf16": 0.3, "int8": 0.6, "nf4": 1.5}
 PRECISIONS = tuple(TOLERANCE)
 # Numbers of an adapter that are scaled by the trainer and by the engine, as shares of the largest: a rounding of fp32.
 FACTOR_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the comparison found. `note` tells why it is not that with the base as it is served."""
+
+    fidelity: Fidelity | None
+    note: str | None = None
 
 
 class RenderingDiffers(TuneloomError):
@@ -99,18 +108,40 @@ def check_scores(
     rows: Sequence[Scored],
     trained: Sequence[Sequence[float]],
     precision: str,
-) -> Fidelity:
+) -> Compared:
     """Compare log-probabilities of the trainer, `trained`, with those of an engine as it will serve the base.
 
     The engine takes the adapter's folder as it is stored, and loads the base anew: what held the trainer's must be
-    gone, so that no device needs room for two. `precision` is the trainer's.
+    gone, so that no device needs room for two. `precision` is the trainer's, and the engine's where there is no room
+    for the base as it is served.
 
     Raises:
         ScoresDiffer: the first token whose log-probabilities differ too much.
         InvalidRequest: the engine cannot serve the base here, or the adapter on it.
     """
-    served, served_precision = _serve(_engine_options(settings, base), base, adapter, rows)
-    coarser = max(precision, served_precision, key=PRECISIONS.index)
+    lacks: list[str] = []
+    for options in _engines(settings, base, precision):
+        try:
+            served, served_precision = _serve(options, base, adapter, rows)
+        except InvalidRequest as error:
+            if error.code != "out_of_memory":
+                raise
+            lacks.append(error.message)
+            continue
+        note = f"With an engine in {served_precision}, for want of room as it is served: {lacks[0]}" if lacks else None
+        return Compared(
+            _judge(base, rows, trained, served, max(precision, served_precision, key=PRECISIONS.index)), note
+        )
+    return Compared(None, f"Not compared with an engine, for want of room even in {precision}: {lacks[-1]}")
+
+
+def _judge(
+    base: Base,
+    rows: Sequence[Scored],
+    trained: Sequence[Sequence[float]],
+    served: Sequence[Sequence[float]],
+    coarser: str,
+) -> Fidelity:
     differences = [np.abs(np.subtract(ours, theirs)) for ours, theirs in zip(trained, served, strict=True)]
     every = np.concatenate(differences)
     fidelity = Fidelity(
@@ -191,6 +222,18 @@ def _numbered(tokens: Tokens, number: int) -> Example:
 def _row(tokens: Tokens, number: int) -> Example:
     row = slice(tokens.offsets[number], tokens.offsets[number + 1])
     return Example(tokens.ids[row].tolist(), tokens.learned[row].tolist())
+
+
+def _engines(settings: Settings, base: Base, precision: str) -> Iterator[EngineSettings]:
+    """The base's engine as it is served, then one in the trainer's own `precision`, which had room until now."""
+    served = _engine_options(settings, base)
+    yield served
+    yield served.model_copy(
+        update={
+            "dtype": precision if precision in ("bf16", "fp32") else served.dtype,
+            "quantization": precision if precision in ("nf4", "int8") else "none",
+        }
+    )
 
 
 @contextmanager
