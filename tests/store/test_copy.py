@@ -252,6 +252,22 @@ def test_a_spoiled_or_missing_blob_is_named_by_its_record(
     assert ("cannot be read" in found.problem) is is_gone
 
 
+def test_a_file_that_is_deleted_while_it_is_checked_is_no_problem(
+    kept: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = kept.blobs.open
+
+    def delete_and_read(key: str) -> Any:
+        for stored in kept.records.files.query():
+            kept.records.commit(kept.records.files.delete(stored))
+            kept.blobs.delete(stored.value.blob)
+        return read(key)
+
+    monkeypatch.setattr(kept.blobs, "open", delete_and_read)
+    checked = check_store(kept)
+    assert (checked.files, checked.differences) == (1, [])
+
+
 def test_a_record_that_another_process_deletes_while_it_is_copied_is_told(local: str, tmp_path: Path) -> None:
     with opened(local, pair(tmp_path / "other")) as (here, there):
         here.records.commit(Create("jobs", "a", {}), Create("jobs", "b", {}))
