@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
@@ -119,6 +120,16 @@ def test_an_owner_has_so_many_endpoints_and_no_more(local):
     page = local.get(OURS + "?limit=2", key=KEY).json()
     rest = local.get(f"{OURS}?limit=2&after={page['last_id']}", key=KEY).json()
     assert [len(page["data"]), page["has_more"], len(rest["data"]), rest["has_more"]] == [2, True, 1, False]
+
+
+def test_creates_at_once_do_not_go_beyond_the_limit(local):
+    def one(_: int) -> int:
+        return local.post(OURS, json={"url": URL, "event_types": JOBS}, key=KEY).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(one, range(8)))
+    assert sorted(statuses) == [200] * 3 + [409] * 5
+    assert len(local.store.records.webhook_endpoints.query()) == 3
 
 
 def test_a_create_that_is_sent_again_makes_one_endpoint_and_tells_the_same_secret(api):

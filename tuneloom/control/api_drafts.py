@@ -14,7 +14,7 @@ from tuneloom.control.drafting.duplicates import MIN_SIMILARITY
 from tuneloom.control.pages import read_page
 from tuneloom.domain import Draft, DraftCounts, Drafter, DraftFormat, DraftRole, DraftSpec, Principal, RowLength, new_id
 from tuneloom.errors import InvalidRequest, RateLimited
-from tuneloom.store.base import BlobNotFound
+from tuneloom.store.base import BlobNotFound, Write
 
 MAX_PAGE = 1000
 MIN_ROWS, MIN_TOKENS, MIN_TIME_S = 10, 1000, 10.0
@@ -84,9 +84,9 @@ class DraftsApi:
         data = {"rows": spec.rows, "drafters": len(spec.roles), "provider": spec.provider, "model": spec.model}
         entry = audit.entry(audit.actor_of(request), "draft.created", drafts.target_of(draft), data)
 
-        def make() -> tuple[str, Draft, list[Any]]:
-            drafts.check_room(self._records, owner, self._settings)
-            return id, draft, [self._records.drafts.create(draft), entry]
+        def make() -> tuple[str, Draft, list[Write]]:
+            turn = drafts.take_room(self._records, owner, self._settings)
+            return id, draft, [self._records.drafts.create(draft), turn, entry]
 
         if blob is not None:
             self._store.blobs.write(blob, seeds)

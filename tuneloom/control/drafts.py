@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tuneloom.config import DraftingSettings
-from tuneloom.control import audit, files
+from tuneloom.control import audit, files, turns
 from tuneloom.control.drafting.collect import batches_by_time
 from tuneloom.control.drafting.language import LANGUAGES
 from tuneloom.control.drafting.ledger import read_rows
@@ -30,7 +30,7 @@ from tuneloom.rows import Scan, raw_rows, read_page
 from tuneloom.rows.fields import Wrong
 from tuneloom.rows.parse import parse
 from tuneloom.store import Store
-from tuneloom.store.base import BlobNotFound
+from tuneloom.store.base import BlobNotFound, Write
 from tuneloom.store.records import Records, Stored
 
 # Of a seed file so much counts.
@@ -61,15 +61,20 @@ def drafters_of(records: Records, draft: Draft) -> list[Drafter]:
     return sorted((stored.value for stored in found), key=lambda drafter: drafter.number)
 
 
-def check_room(records: Records, owner: str, settings: DraftingSettings) -> None:
-    """Raises RateLimited if the owner has as many drafts under way as they may."""
-    limit = settings.max_drafts_per_owner
+def take_room(records: Records, owner: str, settings: DraftingSettings) -> Write:
+    """The write that goes with a new draft, so that two at once do not take one place.
+
+    Raises:
+        RateLimited: the owner has as many drafts under way as they may.
+    """
+    turn, limit = turns.take(records, owner, "drafts"), settings.max_drafts_per_owner
     if len(records.drafts.query({"owner": owner, "is_open": True}, limit=limit)) >= limit:
         raise RateLimited(
             f"{limit} of your drafts are under way. Wait for one to end, or cancel it.",
             code="too_many_drafts",
             retry_after_s=RETRY_AFTER_S,
         )
+    return turn
 
 
 def choose_provider(settings: DraftingSettings, name: str | None, model: str | None) -> tuple[str, str]:

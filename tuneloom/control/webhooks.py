@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tuneloom.config import WebhookSettings
-from tuneloom.control import audit, outbound, outbox
+from tuneloom.control import audit, outbound, outbox, turns
 from tuneloom.control.retry import retry
 from tuneloom.control.webhook_secrets import Vault, hint, new_secret
 from tuneloom.domain import (
@@ -67,14 +67,14 @@ def create(
         created_at=now,
         updated_at=now,
     )
-    most = settings.max_endpoints_per_owner
+    turn, most = turns.take(records, owner, "webhook_endpoints"), settings.max_endpoints_per_owner
     if len(records.webhook_endpoints.query({"owner": owner}, limit=most)) >= most:
         raise Conflict(
             f"There may be {most} webhook endpoints, and there are. Delete one first.",
             code="too_many_webhook_endpoints",
         )
     entry = _entry(actor, "webhook_endpoint.created", endpoint, url=url, event_types=list(endpoint.event_types))
-    return endpoint, [records.webhook_endpoints.create(endpoint), entry]
+    return endpoint, [records.webhook_endpoints.create(endpoint), turn, entry]
 
 
 def get(records: Records, owner: str, id: str) -> Stored[WebhookEndpoint]:

@@ -25,6 +25,7 @@ from tuneloom.domain import (
     Registration,
     Repeat,
     Speed,
+    Turn,
     Upload,
     UploadPart,
     UsageFold,
@@ -140,6 +141,7 @@ class Records:
         self.audit_entries = Table(documents, AuditEntry)
         self.departures = Table(documents, Departure)
         self.repeats = Table(documents, Repeat)
+        self.turns = Table(documents, Turn)
         self.usage_parts = Table(documents, UsagePart)
         self.usage_folds = Table(documents, UsageFold)
         self.usage_rows = Table(documents, UsageRow)

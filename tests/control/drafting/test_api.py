@@ -1,5 +1,6 @@
 """`/v1/tuneloom/drafts` as its callers meet it: what is taken, what is refused, lists, pages, repetition."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -102,6 +103,14 @@ def test_an_owner_has_so_many_drafts_at_once(open_desk: Open):
     desk.create(key="bob:training")
     desk.run(first["id"])
     desk.create()
+
+
+def test_creates_at_once_do_not_go_beyond_the_limit(open_desk: Open):
+    desk = open_desk(max_drafts_per_owner=2)
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(lambda _: desk.api.post(DRAFTS, json=BODY).status_code, range(8)))
+    assert sorted(statuses) == [200] * 2 + [429] * 6
+    assert len(desk.store.records.drafts.query()) == 2
 
 
 def test_seed_rows_come_from_a_file(open_desk: Open):

@@ -401,3 +401,23 @@ def test_a_webhook_tells_of_the_end(open_desk: Open):
     assert [each["type"] for each in told] == ["tuneloom.draft.completed", "tuneloom.draft.failed"]
     assert told[0]["data"]["id"] == good["id"] and told[0]["data"]["file_id"] == good["file_id"]
     assert told[1]["data"]["id"] == bad["id"] and bad["error"]["code"] == "provider_refused"
+    assert told[1]["data"]["error"] == bad["error"]
+
+
+def test_a_webhook_tells_of_a_cancel_before_and_after_the_begin_once_each(open_desk: Open):
+    hold = Hold()
+    desk = open_desk(in_turn(Rows(), hold))
+    add_endpoint(desk.store)
+    unbegun = desk.create(rows=10)["id"]
+    assert desk.api.post(f"{DRAFTS}/{unbegun}/cancel").status_code == 200
+    desk.run(unbegun)
+    begun = desk.create(rows=20)["id"]
+    desk.until(lambda: desk.get(begun)["rows"] == 10)
+    assert desk.api.post(f"{DRAFTS}/{begun}/cancel").status_code == 200
+    made = desk.run(begun)
+    hold.go.set()
+    desk.control.tick()
+    told = [json.loads(s.value.body) for s in desk.store.records.webhook_deliveries.query(order_by="sequence")]
+    assert [each["type"] for each in told] == ["tuneloom.draft.cancelled"] * 2
+    assert [each["data"]["id"] for each in told] == [unbegun, begun]
+    assert [each["data"]["rows"] for each in told] == [0, 10] and told[1]["data"]["file_id"] == made["file_id"]

@@ -1,5 +1,6 @@
 """How a draft has ended: its record at the end, its File, and what others are told of it. No decisions to end it."""
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -74,7 +75,7 @@ def store_file(store: Store, draft: Draft, collected: Collected, now: float) -> 
 
 def telling(records: Records, draft: Draft, now: float) -> list[Write]:
     """What usage and webhooks are told in the commit that ends a draft."""
-    return [*_told(records, draft, now), _usage(draft, now)]
+    return [*told(records, draft, now), _usage(draft, now)]
 
 
 def _reason(drafters: list[Drafter], error: JobError | None) -> DraftEnd:
@@ -89,13 +90,19 @@ def _report(drafter: Drafter) -> DrafterReport:
     return DrafterReport(**{name: getattr(drafter, name) for name in names})
 
 
-def _told(records: Records, draft: Draft, now: float) -> list[Write]:
-    """What webhooks are sent; nothing of a draft whose owner has ended it."""
-    if draft.state == "cancelled":
-        return []
-    data = {"id": draft.id, "file_id": draft.file_id, "rows": draft.rows, "ended_by": draft.ended_by}
-    type: EventType = "tuneloom.draft.completed" if draft.state == "succeeded" else "tuneloom.draft.failed"
-    return outbox.writes(records, draft.owner, type, data, now)
+_EVENTS: Mapping[str, EventType] = {
+    "succeeded": "tuneloom.draft.completed",
+    "failed": "tuneloom.draft.failed",
+    "cancelled": "tuneloom.draft.cancelled",
+}
+
+
+def told(records: Records, draft: Draft, now: float) -> list[Write]:
+    """What webhooks are sent of a draft that has ended."""
+    data: dict[str, Any] = {"id": draft.id, "file_id": draft.file_id, "rows": draft.rows, "ended_by": draft.ended_by}
+    if draft.error is not None:
+        data["error"] = draft.error.model_dump(include={"code", "message"})
+    return outbox.writes(records, draft.owner, _EVENTS[draft.state], data, now)
 
 
 def _usage(draft: Draft, now: float) -> Write:

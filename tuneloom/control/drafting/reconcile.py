@@ -16,7 +16,7 @@ from typing import Any
 
 from tuneloom.config import DraftingSettings
 from tuneloom.control.drafting.collect import Collected, collect
-from tuneloom.control.drafting.outcome import ended, store_file, telling
+from tuneloom.control.drafting.outcome import ended, store_file, telling, told
 from tuneloom.control.drafting.tasks import DrafterTasks
 from tuneloom.domain import (
     Draft,
@@ -109,7 +109,9 @@ class Drafts:
         draft, now = stored.value, self._clock()
         if draft.cancel_requested_at is not None:
             over = {"state": "cancelled", "ended_by": "cancelled", "finished_at": now}
-            self._records.commit(self._records.drafts.replace(stored, draft.model_copy(update=over)))
+            after = draft.model_copy(update=over)
+            # Nothing was used.
+            self._records.commit(self._records.drafts.replace(stored, after), *told(self._records, after, now))
             return
         among = min(len(draft.spec.roles), _affordable(draft, DraftCounts()))
         asked = [(number, quota) for number, quota in enumerate(_shares(draft.spec.rows, among)) if quota]
