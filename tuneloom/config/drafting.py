@@ -41,6 +41,7 @@ class DraftingSettings(Section):
     providers: dict[str, DraftProviderSettings] = Field({}, description="by name; the first is the default")
     max_tasks: int = Field(8, ge=1, description="drafters that run at once, each a process of about 170 MB; more wait")
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray counts for each: they mostly wait")
+    keep_days: int = Field(90, ge=1, description="how long a draft is kept after its end; its File stays")
     max_drafts_per_owner: int = Field(2, ge=1, description="drafts of one owner that have not ended")
     max_rows: int = Field(1000, ge=10, le=1000, description="rows of one draft")
     max_drafters: int = Field(50, ge=1, le=50, description="drafters of one draft")

@@ -131,7 +131,7 @@ class Control:
         self._drafts = Drafts(self._store, RayTasks(tree), tree.drafting)
         self._loop = ControlLoop(
             [reconciler, file_checks, self._drafts],
-            lambda: sweep(self._store, audit_days=tree.audit.keep_days),
+            lambda: sweep(self._store, audit_days=tree.audit.keep_days, draft_days=tree.drafting.keep_days),
             tree.control.tick_s,
         )
         self._outbox, self._webhooks = outbox_loop(self._store.records, tree)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tuneloom.config import UsageSettings
 from tuneloom.control import audit, departures, files, repeat
+from tuneloom.control.drafting.retention import sweep_drafts
 from tuneloom.store import Store
 from tuneloom.store.base import Range, StoreConflict, Write
 from tuneloom.store.usage_rollup import drop_old, roll_up
@@ -13,18 +14,25 @@ from tuneloom.store.usage_rollup import drop_old, roll_up
 logger = logging.getLogger(__name__)
 
 BATCH = 200
+DAY_S = 24 * 3600.0
 # An upload that is over stays visible as such for a while.
-UPLOAD_MEMORY_S = 24 * 3600.0
+UPLOAD_MEMORY_S = DAY_S
 # What a file check found is read at once, and made anew if asked for later.
 FILE_CHECK_MEMORY_S = 600.0
 # How long after a job's end its states are looked for; the trainer removes them itself where it has the last word.
-STATES_SWEEP_S = 24 * 3600.0
+STATES_SWEEP_S = DAY_S
 
 
-def sweep(store: Store, clock: Callable[[], float] = time.time, *, audit_days: int = 400) -> None:
-    """One round; a few hundred records of each kind at most. Entries of the audit log are kept for `audit_days`."""
+def sweep(
+    store: Store, clock: Callable[[], float] = time.time, *, audit_days: int = 400, draft_days: int = 90
+) -> None:
+    """One round; a few hundred records of each kind at most.
+
+    Entries of the audit log are kept for `audit_days`, drafts that have ended for `draft_days`.
+    """
     now = clock()
-    audit.sweep(store.records, now - audit_days * 86400.0)
+    sweep_drafts(store, now - draft_days * DAY_S)
+    audit.sweep(store.records, now - audit_days * DAY_S)
     for step in (_sweep_files, _sweep_uploads, _sweep_repeats, _sweep_file_checks, _sweep_states, departures.carry_on):
         try:
             step(store, now)
@@ -36,7 +44,7 @@ def sweep_usage(store: Store, settings: UsageSettings, clock: Callable[[], float
     """Fold what was used in past hours, and remove what is kept no longer; some seconds of a busy hour at once."""
     now = clock()
     roll_up(store.records, now)
-    drop_old(store.records, now, keep_s=settings.retention_days * 24 * 3600.0)
+    drop_old(store.records, now, keep_s=settings.retention_days * DAY_S)
 
 
 def _sweep_files(store: Store, now: float) -> None:
