@@ -7,6 +7,8 @@ from tests.control.test_models import add_version
 from tuneloom.store.keys import find_secret
 
 KEYS = "/v1/tuneloom/keys"
+MODELS = "/v1/tuneloom/models"
+JOBS = "/v1/fine_tuning/jobs"
 ADMIN = "root:admin"
 ADA = "ada:account,inference,training"
 RETRY = {"x-stainless-retry-count": "1"}
@@ -33,6 +35,89 @@ def test_an_admin_makes_a_key_for_an_owner_sees_its_secret_once_and_revokes_it(a
     assert made["secret"] not in str(listed)
     assert api.get(KEYS, params={"owner": "bob"}, key=ADMIN).json()["data"] == []
     assert api.delete(f"{KEYS}/{made['id']}", key=ADMIN).json()["revoked_at"] is not None
+
+
+def test_the_key_of_a_model_needs_no_body_and_calls_that_model_alone(api):
+    add_version(api.store)
+    made = api.post(f"{MODELS}/bot/keys", key=ADA)
+    assert made.headers["cache-control"] == "no-store"
+    made = made.json()
+    assert find(api, made["secret"]) == made["id"]
+    assert (made["name"], made["models"], made["scopes"], made["owner"]) == ("bot", ["bot"], ["inference"], "ada")
+    assert (made["expires_at"], made["last_used_at"]) == (None, None)
+    named = {"name": "phone", "scopes": ["inference", "training"], "expires_in": "1d", "rates": {}}
+    second = api.post(f"{MODELS}/bot/keys", json=named, key=ADA).json()
+    assert (second["name"], second["models"], second["scopes"]) == ("phone", ["bot"], ["inference", "training"])
+    of_base = api.post(f"{MODELS}/gpt-4o-mini-2024-07-18/keys", key=ADA).json()
+    assert (of_base["name"], of_base["models"]) == (BASE, [BASE])
+    make(api)
+    listed = api.get(f"{MODELS}/bot/keys", key=ADA).json()
+    assert [key["id"] for key in listed["data"]] == [second["id"], made["id"]]
+    assert made["secret"] not in str(listed) and second["secret"] not in str(listed)
+    assert [key["id"] for key in api.get(f"{MODELS}/{BASE}/keys", key=ADA).json()["data"]] == [of_base["id"]]
+
+
+def test_keys_of_a_model_are_for_accounts_and_for_models_that_are_theirs(api):
+    add_version(api.store)
+    assert_error(api.post(f"{MODELS}/bot/keys", key="ada:training,inference"), 403, None, "`account`")
+    assert_error(api.post(f"{MODELS}/bot/keys", key="ada:account"), 403, "scopes", "`inference`")
+    for path, key in ((f"{MODELS}/none/keys", ADA), (f"{MODELS}/bot/keys", "eve:account,inference")):
+        assert_error(api.post(path, key=key), 404, "model")
+        assert_error(api.get(path, key=key), 404, "model")
+    assert_error(api.post(f"{MODELS}/bot/keys", key="ada:account,inference:other"), 404, "model")
+    assert_error(api.post(f"{MODELS}/bot/keys", json={"models": ["bot"]}, key=ADA), 400, "models")
+    assert_error(api.post(f"{MODELS}/bot/keys", json={"owner": "eve"}, key=ADA), 403, None, "`admin`")
+    admins = api.post(f"{MODELS}/bot/keys", json={"owner": "ada"}, key=ADMIN).json()
+    assert (admins["owner"], admins["models"]) == ("ada", ["bot"])
+    assert len(api.get(f"{MODELS}/bot/keys", params={"owner": "ada"}, key=ADMIN).json()["data"]) == 1
+
+
+def test_a_job_brings_the_first_key_of_its_model_if_asked(api):
+    body = {"model": BASE, "training_file": api.upload(key=ADA), "suffix": "bot", "tuneloom": {"first_key": True}}
+    answer = api.post(JOBS, json=body, key=ADA)
+    assert answer.headers["cache-control"] == "no-store"
+    job = answer.json()
+    made = job["tuneloom"]["key"]
+    assert find(api, made["secret"]) == made["id"]
+    assert (made["name"], made["models"], made["scopes"]) == ("bot", ["bot"], ["inference"])
+    assert "first_key" not in job["tuneloom"]["options"]
+    shown = api.get(f"{JOBS}/{job['id']}", key=ADA).text
+    assert "key" not in api.get(f"{JOBS}/{job['id']}", key=ADA).json()["tuneloom"] and made["secret"] not in shown
+    log = api.get("/v1/tuneloom/audit", key=ADA)
+    assert [entry["type"] for entry in log.json()["data"]] == ["api_key.created", "fine_tuning.job.created"]
+    assert made["secret"] not in log.text
+
+    # The model has a key: another one is made by who asks for it. Without a suffix each job has a model of its own.
+    assert "key" not in api.post(JOBS, json=body, key=ADA).json()["tuneloom"]
+    nameless = api.post(JOBS, json={**body, "suffix": None}, key=ADA).json()["tuneloom"]
+    assert nameless["key"]["models"] == [nameless["name"]]
+    api.delete(f"{KEYS}/{made['id']}", key=ADA)
+    assert api.post(JOBS, json=body, key=ADA).json()["tuneloom"]["key"]["id"] != made["id"]
+
+
+def test_a_job_sent_again_shows_its_first_key_until_somebody_has_used_it(api):
+    body = {"model": BASE, "training_file": api.upload(key=ADA), "suffix": "bot", "tuneloom": {"first_key": True}}
+    first = api.post(JOBS, json=body, key=ADA).json()
+    again = api.post(JOBS, json=body, key=ADA, headers=RETRY).json()
+    assert again["id"] == first["id"]
+    lost, seen = first["tuneloom"]["key"], again["tuneloom"]["key"]
+    assert (seen["id"], find(api, lost["secret"]), find(api, seen["secret"])) == (lost["id"], None, lost["id"])
+    stored = api.store.records.keys.get(seen["id"])
+    api.store.records.commit(
+        api.store.records.keys.replace(stored, stored.value.model_copy(update={"last_used_at": 9}))
+    )
+    shown = api.post(JOBS, json=body, key=ADA, headers=RETRY).json()["tuneloom"]["key"]
+    assert shown["id"] == seen["id"] and "secret" not in shown
+    assert find(api, seen["secret"]) == seen["id"]
+
+
+def test_who_may_not_make_keys_gets_no_first_one_and_no_job(api):
+    weak = "ada:training,inference"
+    body = {"model": BASE, "training_file": api.upload(key=weak), "tuneloom": {"first_key": True}}
+    assert_error(api.post(JOBS, json=body, key=weak), 403, None, "`account`")
+    assert_error(api.post(JOBS, json=body, key="ada:training,account"), 403, "scopes", "`inference`")
+    assert_error(api.post(JOBS, json={**body, "tuneloom": {"first_key": "maybe"}}, key=ADA), 400, "tuneloom.first_key")
+    assert api.get(JOBS, key=weak).json()["data"] == [] and api.store.records.keys.query() == []
 
 
 def test_an_account_looks_after_its_own_keys(api):

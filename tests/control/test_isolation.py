@@ -101,6 +101,8 @@ def hers(api) -> dict[str, str]:
         ("POST", f"{OURS}/MODEL/rollback", {}),
         ("GET", f"{OURS}/MODEL/adapter", {}),
         ("GET", f"{OURS}/FT/adapter", {}),
+        ("GET", f"{OURS}/MODEL/keys", {}),
+        ("POST", f"{OURS}/MODEL/keys", {}),
         ("GET", f"{KEYS}/KEY", {}),
         ("POST", f"{KEYS}/KEY", {"json": {"name": "mine"}}),
         ("POST", f"{KEYS}/KEY", {"json": {"nonsense": 1}}),

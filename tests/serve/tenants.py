@@ -112,6 +112,7 @@ CALLS: dict[str, list[Call]] = {
         post(JOBS, {"model": "BASE", "training_file": "FILE"}),
         post(JOBS, {"model": "MODEL", "training_file": "FILE"}),
         post(JOBS, {"model": "FT", "training_file": "FILE"}),
+        post(JOBS, {"model": "BASE", "training_file": "FILE", "suffix": "MODEL", "tuneloom": {"first_key": True}}),
     ],
     f"{JOBS}/{{id}}": get(f"{JOBS}/JOB"),
     f"{JOBS}/{{id}}/cancel": [post(f"{JOBS}/JOB/cancel")],
@@ -141,6 +142,10 @@ CALLS: dict[str, list[Call]] = {
     f"{OURS}/models/{{name}}/rollback": [post(f"{OURS}/models/MODEL/rollback")],
     f"{OURS}/models/{{name:path}}/adapter": get(f"{OURS}/models/MODEL/adapter", f"{OURS}/models/FT/adapter"),
     f"{OURS}/models/{{name}}": get(f"{OURS}/models/MODEL"),
+    f"{OURS}/models/{{name:path}}/keys": [
+        *get(f"{OURS}/models/MODEL/keys", f"{OURS}/models/BASE/keys"),
+        Call("POST", f"{OURS}/models/MODEL/keys"),
+    ],
     f"{OURS}/keys": [*get(f"{OURS}/keys"), post(f"{OURS}/keys", {"name": "mine", "models": ["MODEL"]})],
     f"{OURS}/keys/{{id}}": [
         *get(f"{OURS}/keys/KEY"),

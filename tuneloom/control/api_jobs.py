@@ -8,19 +8,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.control import audit, jobs, outbox, owner_limits, repeat
+from tuneloom.control import audit, first_key, jobs, outbox, owner_limits, repeat
+from tuneloom.control.api_keys import show_made
 from tuneloom.control.body import digest, identify, parse, read_json, retry_count
 from tuneloom.control.context import ApiContext, caller, in_thread, query_int
 from tuneloom.control.job_body import CreateJob
 from tuneloom.control.job_usage import job_over
 from tuneloom.control.job_view import show_checkpoint, show_event, show_job
 from tuneloom.control.jobs import History, JobEvent
+from tuneloom.control.keys import Minted
 from tuneloom.control.line import Place
 from tuneloom.control.new_job import NewJobs
 from tuneloom.control.pages import read_page
 from tuneloom.control.queue import is_waiting, read_places
 from tuneloom.control.retry import retry
-from tuneloom.domain import Job, JobState, Principal, model_name
+from tuneloom.domain import ApiKey, Job, JobState, Principal, model_name
 from tuneloom.errors import Conflict, NotFound, UnsupportedParameter
 from tuneloom.store.base import Write
 from tuneloom.store.records import Stored, Table
@@ -53,22 +55,34 @@ class JobsApi:
     async def create(self, request: Request) -> Response:
         who = caller(request, "training")
         raw = await read_json(request, self._context.settings.gateway.max_body_bytes)
-        job = await in_thread(self._create, request, who, raw)
+        job, key = await in_thread(self._create, request, who, raw)
         self._context.poke()
-        return JSONResponse(await in_thread(self._show, job))
+        shown = await in_thread(self._show, job)
+        if key is None:
+            return JSONResponse(shown)
+        shown["tuneloom"]["key"] = show_made(key)
+        return JSONResponse(shown, headers={"cache-control": "no-store"})
 
-    def _create(self, request: Request, who: Principal, raw: bytes) -> Job:
+    def _create(self, request: Request, who: Principal, raw: bytes) -> tuple[Job, Minted | ApiKey | None]:
         owner, body = who.owner, parse(CreateJob, raw)
-        spec = self._new.spec(who, body)
+        spec, wants_key = self._new.spec(who, body), body.tuneloom is not None and body.tuneloom.first_key
+        actor, pepper = audit.actor_of(request), self._context.pepper
 
-        def make() -> tuple[str, Job, list[Write]]:
+        def make() -> tuple[str, tuple[Job, Minted | ApiKey | None], list[Write]]:
             allowance = owner_limits.allowance_of(self._context.settings, self._records, caller(request))
             job, writes = self._new.draft(owner, spec, body.model, allowance.max_queued_jobs)
             data = {"model": body.model, "training_file": spec.training_file, "method": spec.method}
-            return job.id, job, [*writes, audit.of_job(audit.actor_of(request), job, "created", data)]
+            writes.append(audit.of_job(actor, job, "created", data))
+            if not wants_key:
+                return job.id, (job, None), writes
+            key, more = first_key.draft(self._records, pepper, who, job, actor)
+            return job.id, (job, key), [*writes, *more]
 
-        asked = identify(request, owner, digest(raw))
-        return repeat.create_once(self._records, asked, make, lambda id: self._get(who, id).value)
+        def find(id: str) -> tuple[Job, Minted | ApiKey | None]:
+            job = self._get(who, id).value
+            return job, first_key.again(self._records, pepper, job, actor) if wants_key else None
+
+        return repeat.create_once(self._records, identify(request, owner, digest(raw)), make, find)
 
     async def list_jobs(self, request: Request) -> Response:
         return JSONResponse(await in_thread(self._list, request, caller(request, "training")))

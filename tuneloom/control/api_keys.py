@@ -1,4 +1,5 @@
-"""`/v1/tuneloom/keys` on the wire. A secret is in the answer to its creation or rotation and nowhere else.
+"""`/v1/tuneloom/keys` on the wire, and the keys of one model. A secret is in the answer to its creation or rotation
+and nowhere else.
 
 For the scopes `account`, within an owner, and `admin`; see `key_rights`.
 """
@@ -13,11 +14,11 @@ from starlette.routing import Route
 
 from tuneloom.control import audit, key_fields, keys, repeat
 from tuneloom.control.body import Body, digest, identify, parse, read_json
-from tuneloom.control.context import ApiContext, caller, in_thread
+from tuneloom.control.context import ApiContext, caller, check_may_use, in_thread
 from tuneloom.control.key_rights import check_covers, owner_of
 from tuneloom.control.keys import Minted
-from tuneloom.domain import ApiKey, Rates
-from tuneloom.errors import MissingParameter
+from tuneloom.domain import ApiKey, Principal, Rates, model_id
+from tuneloom.errors import MissingParameter, ModelNotFound
 from tuneloom.store.base import Write
 
 
@@ -27,6 +28,16 @@ class CreateKey(Body):
     scopes: list[str] = Field(default_factory=lambda: list(keys.DEFAULT_SCOPES))
     expires_in: str | int | None = None
     models: list[str] = Field(default_factory=list)
+    rates: Rates = Rates()
+
+
+class CreateModelKey(Body):
+    """The body may be left out: the key is then named after the model, calls it, and never ends."""
+
+    name: str | None = None
+    owner: str | None = None
+    scopes: list[str] = Field(default_factory=lambda: list(keys.MODEL_SCOPES))
+    expires_in: str | int | None = None
     rates: Rates = Rates()
 
 
@@ -51,8 +62,10 @@ class KeysApi:
         self._records = context.store.records
 
     def routes(self) -> list[Route]:
-        path = "/v1/tuneloom/keys"
+        path, of_model = "/v1/tuneloom/keys", "/v1/tuneloom/models/{name:path}/keys"
         return [
+            Route(of_model, self.create_for_model, methods=["POST"]),
+            Route(of_model, self.list_of_model, methods=["GET"]),
             Route(path, self.create, methods=["POST"]),
             Route(path, self.list_keys, methods=["GET"]),
             Route(path + "/{id}", self.retrieve, methods=["GET"]),
@@ -67,8 +80,41 @@ class KeysApi:
         raw = await self._read(request)
         return _show_secret(await in_thread(self._create, request, raw))
 
+    async def create_for_model(self, request: Request) -> Response:
+        owner_of(caller(request), None)
+        raw = await self._read(request)
+        return _show_secret(await in_thread(self._create_for_model, request, raw))
+
+    def _create_for_model(self, request: Request, raw: bytes) -> Minted:
+        body, principal = parse(CreateModelKey, raw), caller(request)
+        model = self._find_model(principal, owner_of(principal, body.owner), request.path_params["name"])
+        given = {**body.model_dump(), "name": model if body.name is None else body.name, "models": [model]}
+        return self._make(request, CreateKey.model_validate(given), raw)
+
+    async def list_of_model(self, request: Request) -> Response:
+        owner = owner_of(caller(request), request.query_params.get("owner"))
+        return JSONResponse(await in_thread(self._list_of_model, request, owner))
+
+    def _list_of_model(self, request: Request, owner: str | None) -> dict[str, Any]:
+        principal = caller(request)
+        model = self._find_model(principal, owner, request.path_params["name"])
+        found = keys.list_keys(self._records, owner or principal.owner)
+        return _show_list([key for key in found if model in key.models])
+
+    def _find_model(self, principal: Principal, owner: str | None, name: str) -> str:
+        """The Model of that bare name, or the id of the base; what is not for the caller's key is not there."""
+        owner = owner or principal.owner
+        base = self._context.find_base_id(name)
+        if base is None and self._records.models.find(model_id(owner, name)) is None:
+            raise ModelNotFound.named(name[:200])
+        check_may_use(principal, base or name, name)
+        return base or name
+
     def _create(self, request: Request, raw: bytes) -> Minted:
-        body, principal = parse(CreateKey, raw), caller(request)
+        return self._make(request, parse(CreateKey, raw), raw)
+
+    def _make(self, request: Request, body: CreateKey, raw: bytes) -> Minted:
+        principal = caller(request)
         owner = key_fields.check_owner(owner_of(principal, body.owner) or principal.owner)
         minted = keys.draft(
             self._context.pepper,
@@ -91,7 +137,7 @@ class KeysApi:
     async def list_keys(self, request: Request) -> Response:
         owner = owner_of(caller(request), request.query_params.get("owner"))
         found = await in_thread(keys.list_keys, self._records, owner)
-        return JSONResponse({"object": "list", "data": [show_key(key) for key in found], "has_more": False})
+        return JSONResponse(_show_list(found))
 
     async def retrieve(self, request: Request) -> Response:
         stored = await in_thread(
@@ -177,7 +223,7 @@ class KeysApi:
         return key_fields.check_models(self._records, owner, names, self._context.find_base_id)
 
     async def _read(self, request: Request) -> bytes:
-        return await read_json(request, self._context.settings.gateway.max_body_bytes)
+        return await read_json(request, self._context.settings.gateway.max_body_bytes) or b"{}"
 
 
 def show_key(key: ApiKey) -> dict[str, Any]:
@@ -199,8 +245,17 @@ def show_key(key: ApiKey) -> dict[str, Any]:
     }
 
 
+def _show_list(found: list[ApiKey]) -> dict[str, Any]:
+    return {"object": "list", "data": [show_key(key) for key in found], "has_more": False}
+
+
+def show_made(made: Minted | ApiKey) -> dict[str, Any]:
+    """A key with its secret, if there is one to show."""
+    return {**show_key(made.key), "secret": made.secret} if isinstance(made, Minted) else show_key(made)
+
+
 def _show_secret(minted: Minted) -> JSONResponse:
-    return JSONResponse({**show_key(minted.key), "secret": minted.secret}, headers={"cache-control": "no-store"})
+    return JSONResponse(show_made(minted), headers={"cache-control": "no-store"})
 
 
 def _seconds(at: float | None) -> int | None:

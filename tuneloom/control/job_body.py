@@ -44,6 +44,16 @@ class MethodBody(Body):
     reinforcement: dict[str, Any] | None = None
 
 
+class OwnOptions(TrainOptions):
+    """How it trains, and what else the create does."""
+
+    first_key: bool = False
+
+    @property
+    def of_training(self) -> TrainOptions:
+        return TrainOptions.model_validate(self.model_dump(exclude={"first_key"}))
+
+
 class CreateJob(Body):
     model: str
     training_file: str
@@ -54,7 +64,7 @@ class CreateJob(Body):
     hyperparameters: HyperparametersBody | None = None
     integrations: Integrations | None = None
     metadata: dict[Key, Text] | None = Field(None, max_length=16)
-    tuneloom: TrainOptions | None = None
+    tuneloom: OwnOptions | None = None
 
 
 def check_supported(body: CreateJob) -> None:

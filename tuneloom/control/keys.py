@@ -28,6 +28,8 @@ from tuneloom.store.base import Write
 from tuneloom.store.records import Records, Stored
 
 DEFAULT_SCOPES: tuple[Scope, ...] = ("inference", "training")
+# Of a key that is made for one model.
+MODEL_SCOPES: tuple[Scope, ...] = ("inference",)
 NO_RATES = Rates()
 
 # What the log tells of a key: all that can be changed of it, and no hash.
@@ -69,6 +71,7 @@ def draft(
     expires_in: str | int | None,
     models: tuple[str, ...] = (),
     rates: Rates = NO_RATES,
+    id: str | None = None,
 ) -> Minted:
     """A checked key with a fresh secret, not stored. `models` are those that `check_models` gave.
 
@@ -80,7 +83,7 @@ def draft(
     now = time.time()
     checked = check_scopes(scopes)
     key = ApiKey(
-        id=new_id("key_"),
+        id=id or new_id("key_"),
         owner=check_owner(owner),
         name=check_name(name),
         hash=hashed.hash,

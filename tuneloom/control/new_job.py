@@ -129,7 +129,7 @@ class NewJobs:
 
     def _options(self, owner: str, body: CreateJob, origin: _Origin) -> TrainOptions:
         """The options, within what the engine of the base can serve afterwards."""
-        options = body.tuneloom or TrainOptions()
+        options = body.tuneloom.of_training if body.tuneloom else TrainOptions()
         if options.rank is not None and options.rank > origin.max_rank:
             raise InvalidRequest(
                 f"Invalid `tuneloom.rank`: {options.rank} is above the largest rank that is served: {origin.max_rank}.",

@@ -17,6 +17,7 @@ _TABLE: tuple[tuple[str, str, Cost], ...] = (
     ("POST", r"/v1/tuneloom/estimate", "costly"),
     ("POST", r"/v1/tuneloom/models/import", "costly"),
     ("POST", r"/v1/tuneloom/keys(/[^/]+/rotate)?", "costly"),
+    ("POST", r"/v1/tuneloom/models/.+/keys", "costly"),
     ("POST", r"/v1/(tuneloom/webhooks|webhook_endpoints)/[^/]+/test", "costly"),
 )
 _COSTS = tuple((method, re.compile(path + "/?", re.DOTALL), cost) for method, path, cost in _TABLE)
