@@ -13,7 +13,7 @@ from tests.parts.servers import HOST
 TIMEOUT_S = 60.0
 _PIECE = 1 << 16
 
-Fault = Literal["pass", "cut_request", "cut_answer", "lose_answer", "stall"]
+Fault = Literal["pass", "flip", "cut_request", "cut_answer", "lose_answer", "stall"]
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Front:
     Each fault strikes the next requests whose line holds its text, as often as was said:
     - a status: it is the answer, and the part sees nothing;
     - `pass`: none, for the one after it to strike later;
+    - `flip`: the part gets the body with one bit of its middle turned round;
     - `cut_request`: the connection ends in the middle of the body, and the part sees nothing;
     - `lose_answer`: the part has done it, and the connection ends without an answer;
     - `cut_answer`: the connection ends in the middle of the answer's body;
@@ -33,6 +34,8 @@ class Front:
     address: str = ""
     requests: list[str] = field(default_factory=list)
     struck: list[str] = field(default_factory=list)
+    # Of what the part does not see too, each up to `_PIECE` bytes.
+    bodies: list[bytes] = field(default_factory=list)
     _faults: list[tuple[str, int | Fault]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _over: threading.Event = field(default_factory=threading.Event)
@@ -75,6 +78,11 @@ def front(target_port: int) -> Iterator[Front]:
         thread.join(TIMEOUT_S)
 
 
+def flipped(body: bytes) -> bytes:
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+
+
 def _handler(front: Front) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -89,6 +97,9 @@ def _handler(front: Front) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 return
             body = self._body(length)
+            front.bodies.append(body[:_PIECE])
+            if fault == "flip":
+                body = flipped(body)
             if isinstance(fault, int):
                 self._answer(fault, {"content-type": "application/json"}, b'{"error": {"message": "spoiled"}}')
                 return

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -169,15 +170,45 @@ def test_a_blob_that_another_program_has_stored_is_read_and_compared(blobs: GcsB
         blobs.write("a", b"hellO")
 
 
+@pytest.mark.parametrize("size", [5_000, UPLOAD_BYTES + 5])
+def test_a_bit_that_turns_on_the_way_is_noticed_and_the_blob_sent_again(
+    blobs: GcsBlobs, spoiled: Front, size: int
+) -> None:
+    data = noise(size)
+    spoiled.spoil("PUT" if size > UPLOAD_BYTES else "POST", "flip")
+    assert blobs.write("a", data) == sha256(data)
+    assert blobs.read("a") == data
+    deletes = [request for request in spoiled.requests if request.startswith("DELETE")]
+    assert len(spoiled.struck) == len(deletes) == 1 and "ifGenerationMatch=" in deletes[0]
+
+
+def test_a_line_that_spoils_every_try_leaves_nothing(blobs: GcsBlobs, spoiled: Front) -> None:
+    spoiled.spoil("POST", "flip", times=3)
+    with pytest.raises(Overloaded, match="3 tries"):
+        blobs.write("a", noise(5_000))
+    assert blobs.find("a") is None and len(spoiled.struck) == 3
+
+
+@pytest.mark.parametrize("size", [5_000, UPLOAD_BYTES + 5])
+def test_bytes_that_google_refuses_are_sent_again(blobs: GcsBlobs, spoiled: Front, size: int) -> None:
+    """It holds what arrives against the checksum that was told before, and answers 400."""
+    data = noise(size)
+    spoiled.spoil("PUT" if size > UPLOAD_BYTES else "POST", 400)
+    assert blobs.write("a", data) == sha256(data)
+    (told,) = {match[1] for body in spoiled.bodies for match in re.finditer(rb'"crc32c": *"([^"]+)"', body)}
+    assert told.decode() == blobs._get("a").crc32c
+
+
+@pytest.mark.parametrize("size", [6, UPLOAD_BYTES + 6])
 def test_a_file_that_changes_while_it_is_stored_is_not_kept(
-    blobs: GcsBlobs, spoiled: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    blobs: GcsBlobs, spoiled: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     path = tmp_path / "file"
-    path.write_bytes(b"before")
+    path.write_bytes(noise(size))
     upload = GcsBlobs._create
 
     def change(*arguments: Any) -> bool:
-        path.write_bytes(b"after!")
+        path.write_bytes(noise(size, seed=1))
         return upload(*arguments)
 
     monkeypatch.setattr(GcsBlobs, "_create", change)
