@@ -91,8 +91,20 @@ def test_csv_and_json_are_read_as_an_upload_would(shell: Shell, tmp_path: Path):
     (tmp_path / "rows.json").write_text(json.dumps([{"input": f"say {n}", "output": "yes"} for n in range(12)]))
     assert shell("files", "check", str(tmp_path / "rows.json"), "--json") == 0
     assert json.loads(shell.out)["tokens"] == from_csv["tokens"]
-    (tmp_path / "rows.csv").write_text("input,output\nsay,\n")
-    assert shell("files", "check", str(tmp_path / "rows.csv")) == 1 and "`output`" in shell.err
+
+
+@pytest.mark.usefixtures("tiny_home")
+def test_what_is_wrong_with_a_csv_file_is_told_as_of_any_other(shell: Shell, tmp_path: Path):
+    """Every row up to the limit, by the line in the file that was given."""
+    path = tmp_path / "rows.csv"
+    path.write_text("input,output\n" + "say,\n" * 30 + "a,b,c\n")
+    assert shell("files", "check", str(path)) == 1
+    told = shell.out.split("it cannot be trained on: 31 problems\n")[1].splitlines()
+    assert told[0] == "  rows.csv, line 2: `output` is empty." and len(told) == 31
+    assert shell("files", "check", str(path), "--json") == 1
+    report = json.loads(shell.out)
+    assert (report["ok"], report["problem_count"], report["error"]["code"]) == (False, 31, "invalid_file")
+    assert [(each["line"], each["field"]) for each in report["problems"]][-2:] == [(31, "output"), (32, None)]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,11 @@ def send_rows(api, name: str, data: bytes):
 def test_wrong_rows_are_refused_at_the_upload_and_nothing_is_kept(api):
     refused = send_rows(api, "rows.csv", b"prompt,completion\n" + b"a,b\n" * 2 + b"c,\n")
     assert_error(refused, 400, "file", "Row 3 (line 4): `completion` is empty.")
-    assert refused.json()["error"]["code"] == "invalid_file"
+    error = refused.json()["error"]
+    problem = {"row": 3, "line": 4, "field": "completion", "message": "`completion` is empty."}
+    assert (error["code"], error["problem_count"], error["problems"]) == ("invalid_file", 1, [problem])
+    many = send_rows(api, "rows.csv", b"prompt,completion\n" + b"c,\n" * 150).json()["error"]
+    assert (many["problem_count"], len(many["problems"])) == (150, 100) and many["message"].endswith("And 145 more.")
     assert_error(send_rows(api, "rows.json", b'[{"text": "a"}, 1]'), 400, "file", "Row 2 (line 1)")
     # The first megabytes are written before the wrong row is met.
     assert_error(send_rows(api, "rows.csv", b"text\n" + b"x" * 2_500_000 + b"\n,\n"), 400, "file", "Row 2 (line 3)")

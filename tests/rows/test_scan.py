@@ -93,6 +93,13 @@ def test_tools_and_calls_are_kept_and_the_older_spelling_becomes_the_newer() -> 
     assert second.messages[2] == {"role": "tool", "content": "3", "name": "sum"}
 
 
+def test_a_weight_or_arguments_that_say_nothing_are_none() -> None:
+    call = {"type": "function", "function": {"name": "sum", "arguments": ""}}
+    plain, called = chat(USER, {**ANSWER, "weight": None}), chat(USER, {"role": "assistant", "tool_calls": [call]})
+    rows, result = scan(plain, called)
+    assert result.problems == [] and rows[0] == Conversation((USER, ANSWER))
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -117,6 +124,11 @@ def test_tools_and_calls_are_kept_and_the_older_spelling_becomes_the_newer() -> 
         (chat(USER, {**ANSWER, "weight": 0}), "`weight` 0"),
         (chat(USER, {**ANSWER, "weight": 2}), "`weight` is `2`"),
         (chat(USER, {**ANSWER, "weight": True}), "`weight` is `true`"),
+        (chat(USER, {**ANSWER, "weight": "1"}), "`weight` is a string, `1`; it must be the number 0 or 1"),
+        (
+            chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}),
+            "`messages[1]`: `tool_calls[0]`: `function.arguments`: Not JSON",
+        ),
         (chat({**USER, "weight": 1}, ANSWER), "`weight`"),
         (chat({"role": "bot", "content": "x"}, ANSWER), "unknown role `bot`"),
         (chat({"content": "x"}, ANSWER), "`role` is missing"),
@@ -268,3 +280,16 @@ def test_a_problem_names_the_field(row: dict[str, Any], field: str | None) -> No
     scan = Scan()
     assert not list(scan.rows(io.BytesIO(json.dumps(row).encode())))
     assert [problem.field for problem in scan.problems] == [field], scan.problems
+
+
+def test_an_array_over_several_lines_is_one_problem_and_not_one_a_line() -> None:
+    result = Scan()
+    assert list(result.rows(io.BytesIO(json.dumps([chat(USER, ANSWER)] * 12, indent=1).encode()))) == []
+    assert result.problem_count == 1 and "ends in `.json`" in result.problems[0].message
+
+
+def test_utf_32_is_called_by_its_name() -> None:
+    for encoding in ("utf-32", "utf-32-le", "utf-32-be"):
+        result = Scan()
+        list(result.rows(io.BytesIO(json.dumps(chat(USER, ANSWER)).encode(encoding))))
+        assert "UTF-32" in result.problems[0].message

@@ -124,7 +124,8 @@ def check(
 
     Nothing needs to run, and nothing is uploaded.
     """
-    from tuneloom.train.check import Check
+    from tuneloom.rows import InvalidRows
+    from tuneloom.train.check import Check, of_unread
 
     settings = read_settings(context)
     options = {
@@ -135,22 +136,29 @@ def check(
     }
     spec = _spec(settings, base, method, seed, options, has_validation=validation is not None)
     checking = Check(settings, spec)
+    report: Report | None = None
+    names = {}
     for param, file in (("training_file", path), ("validation_file", validation)):
-        if file is not None:
+        if file is None:
+            continue
+        names[param] = file.name
+        try:
             with _open_rows(file) as source:
                 checking.read(param, file.name, source)
-    report = checking.report()
+        except InvalidRows as error:
+            report = report or of_unread(param, file.name, error)
+    report = report or checking.report()
     if json:
         print_json(report.as_json())
     else:
-        _print(report, spec)
+        _print(report, spec, names)
     if report.error is not None:
         raise typer.Exit(1)
 
 
 @contextmanager
 def _open_rows(path: Path) -> Iterator[BinaryIO]:
-    """The file as JSON Lines, as an upload would store it. Raises InvalidFile if a row of CSV or JSON is wrong."""
+    """The file as JSON Lines, as an upload would store it. Raises InvalidRows if a row of CSV or JSON is wrong."""
     from tuneloom.rows import to_json_lines
 
     with path.open("rb") as source:
@@ -191,7 +199,7 @@ def _spec(
     return spec
 
 
-def _print(report: "Report", spec: "JobSpec") -> None:
+def _print(report: "Report", spec: "JobSpec", names: dict[str, str]) -> None:
     typer.echo(f"for {spec.base}, {spec.method}")
     for _, file in report.files:
         typer.echo(f"\n{file.filename}" + (f" ({file.format})" if file.format else ""))
@@ -204,7 +212,6 @@ def _print(report: "Report", spec: "JobSpec") -> None:
         warnings = [note.message for note in report.notes if note.level == "warn"]
         typer.echo("".join(f"\nwarning: {text}" for text in warnings) + "\nit can be trained on")
         return
-    names = {param: file.filename for param, file in report.files}
     typer.echo(f"\nit cannot be trained on: {report.problem_count:,} problem{'' if report.problem_count == 1 else 's'}")
     for problem in report.problems:
         typer.echo(f"  {names[problem.param]}, {problem.text}")

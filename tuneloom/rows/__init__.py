@@ -20,7 +20,7 @@ Each row becomes a `Conversation`, a `Pair`, a `Text` or a `Preference`. Problem
 `MAX_PROBLEMS` are kept and the rest counted. Memory is bounded by the longest line allowed.
 """
 
-from tuneloom.rows.convert import to_json_lines
+from tuneloom.rows.convert import InvalidRows, to_json_lines
 from tuneloom.rows.edit import Appended, Edit, NewRow
 from tuneloom.rows.export import ExportFormat, export, plan_export
 from tuneloom.rows.formats import Conversation, Method, Pair, Preference, Row, Text
@@ -34,6 +34,7 @@ __all__ = [
     "Conversation",
     "Edit",
     "ExportFormat",
+    "InvalidRows",
     "Method",
     "NewRow",
     "Pair",

@@ -2,19 +2,50 @@
 
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tuneloom.errors import InvalidFile
 from tuneloom.rows.csv_rows import CsvRows
-from tuneloom.rows.fields import Wrong
+from tuneloom.rows.fields import Place, Wrong, WrongAt
 from tuneloom.rows.json_rows import JsonRows
 from tuneloom.rows.parse import BOM, check_encoding, parse
-from tuneloom.rows.scan import MAX_LINE_BYTES, Scan
+from tuneloom.rows.scan import MAX_LINE_BYTES, MAX_PROBLEMS, Scan, field_of
 
 MAX_LISTED = 5
 
 CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """One wrong row, by its number and the line that it begins on; both None when it concerns the file."""
+
+    row: int | None
+    line: int | None
+    field: str | None
+    message: str
+
+    @property
+    def text(self) -> str:
+        return self.message if self.line is None else f"{Place(self.row, self.line)}: {self.message}"
+
+
+class InvalidRows(InvalidFile):
+    """A file of which no rows can be made. `problems` are the first of `problem_count`; the message lists some."""
+
+    code = "invalid_file"
+
+    def __init__(self, message: str, problems: tuple[RowProblem, ...] = (), problem_count: int = 0) -> None:
+        super().__init__(message, param="file")
+        self.problems = problems
+        self.problem_count = problem_count
+
+    def body(self) -> dict[str, Any]:
+        """With `problems` and `problem_count` in the error object."""
+        error = super().body()["error"]
+        listed = [asdict(problem) for problem in self.problems]
+        return {"error": {**error, "problems": listed, "problem_count": self.problem_count}}
 
 
 def to_json_lines(
@@ -25,8 +56,7 @@ def to_json_lines(
     `json` is an array of objects; JSON Lines under that name come back as they are, unchecked but for the first.
 
     Raises:
-        InvalidFile: `invalid_file`. The first wrong rows are named, by number, line and what is wrong, and the rest
-            counted. It may come after pieces.
+        InvalidRows: rows are wrong, each by number, line, field and what is wrong. It may come after pieces.
     """
     file = io.BufferedReader(_Reader(iter(chunks)), CHUNK_BYTES)
     try:
@@ -38,7 +68,9 @@ def to_json_lines(
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
     except Wrong as problem:
-        raise InvalidFile(str(problem), param="file", code="invalid_file") from None
+        problems = _Problems()
+        problems.add(problem)
+        raise problems.error() from None
 
 
 def _is_array(file: io.BufferedReader) -> bool:
@@ -74,32 +106,35 @@ def _lines(rows: CsvRows | JsonRows, max_row_bytes: int) -> Iterator[bytes]:
                     raise Wrong(f"As JSON it is longer than {max_row_bytes:,} bytes. Split the row.")
                 scan.row(data)
             except Wrong as problem:
-                problems.add(f"{place}: {problem}")
+                problems.add(problem, place)
             else:
                 if not problems.count:
                     yield line + b"\n"
     except Wrong as problem:
-        problems.add(str(problem))
+        problems.add(problem)
     if problems.count:
-        raise Wrong(problems.text)
+        raise problems.error()
     if not number:
         raise Wrong("The file has no rows.")
 
 
 @dataclass
 class _Problems:
-    listed: list[str] = field(default_factory=list)
+    first: list[RowProblem] = field(default_factory=list)
     count: int = 0
 
-    def add(self, message: str) -> None:
+    def add(self, problem: Wrong, place: Place | None = None) -> None:
         self.count += 1
-        if len(self.listed) < MAX_LISTED:
-            self.listed.append(message)
+        if len(self.first) < MAX_PROBLEMS:
+            place = problem.place if isinstance(problem, WrongAt) else place
+            row, line = (place.row, place.line) if place else (None, None)
+            self.first.append(RowProblem(row, line, field_of(str(problem)), str(problem)))
 
-    @property
-    def text(self) -> str:
-        rest = self.count - len(self.listed)
-        return " ".join([*self.listed, *([f"And {rest:,} more."] if rest else [])])
+    def error(self) -> InvalidRows:
+        texts = [problem.text for problem in self.first[:MAX_LISTED]]
+        rest = self.count - len(texts)
+        message = " ".join([*texts, *([f"And {rest:,} more."] if rest else [])])
+        return InvalidRows(message, tuple(self.first), self.count)
 
 
 class _Reader(io.RawIOBase):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any, BinaryIO
 
-from tuneloom.rows.fields import Wrong, first_repeated, quoted
+from tuneloom.rows.fields import Place, Wrong, WrongAt, first_repeated, quoted
 from tuneloom.rows.parse import BOM, check_encoding, parse_value
 
 
@@ -56,7 +56,7 @@ TABLES = (
 
 
 class CsvRows:
-    """Iterates over `(place, cells)`, one after another in the memory of one; `encode` makes a row's JSON of cells."""
+    """Iterates over rows as places and cells, in the memory of one; `encode` makes a row's JSON of its cells."""
 
     def __init__(self, file: BinaryIO, max_row_bytes: int) -> None:
         # The module's one limit for all readers; that of a row, in `_Lines`, is the one that counts.
@@ -65,12 +65,12 @@ class CsvRows:
         self._reader = csv.reader(self._lines, strict=True)
         self._columns: list[_Column] = []
 
-    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
-        """Raises Wrong where the file cannot be read on; the message says where."""
+    def __iter__(self) -> Iterator[tuple[Place, list[str]]]:
+        """Raises WrongAt where the file cannot be read on."""
         self._read_header()
         number, line = 0, self._reader.line_num + 1
         while True:
-            place = f"Row {number + 1:,} (line {line:,})"
+            place = Place(number + 1, line)
             cells = self._next(place)
             if cells is None:
                 return
@@ -97,21 +97,25 @@ class CsvRows:
         return f"{{{', '.join(members)}}}".encode(), data
 
     def _read_header(self) -> None:
-        header = self._next("Header")
+        place = Place(None, 1)
+        header = self._next(place)
         if not header:
-            raise Wrong("The first line is empty. It holds the names of the columns.")
+            raise WrongAt(place, "The first line is empty. It holds the names of the columns.")
         names = [name.strip() for name in header]
-        table = _table_of(names)
+        try:
+            table = _table_of(names)
+        except Wrong as problem:
+            raise WrongAt(place, str(problem)) from None
         self._columns = [_Column(name, f'"{name}": ', name in table.json, name in table.optional) for name in names]
 
-    def _next(self, place: str) -> list[str] | None:
+    def _next(self, place: Place) -> list[str] | None:
         self._lines.start_row()
         try:
             return next(self._reader, None)
         except csv.Error as error:
-            raise Wrong(f"{place}: {_explained(str(error))}") from None
+            raise WrongAt(place, _explained(str(error))) from None
         except Wrong as problem:
-            raise Wrong(f"{place}: {problem}") from None
+            raise WrongAt(place, str(problem)) from None
 
 
 class _Lines:

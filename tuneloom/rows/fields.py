@@ -2,11 +2,31 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 
 class Wrong(Exception):
     """The row cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row is in a file that is not JSON Lines: its number, None for a header's, and the line it begins on."""
+
+    row: int | None
+    line: int
+
+    def __str__(self) -> str:
+        return "Header" if self.row is None else f"Row {self.row:,} (line {self.line:,})"
+
+
+class WrongAt(Wrong):
+    """The file cannot be read on from here."""
+
+    def __init__(self, place: Place, reason: str) -> None:
+        super().__init__(reason)
+        self.place = place
 
 
 def only(data: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from tuneloom.rows.fields import Wrong, kind_of, quoted
+from tuneloom.rows.fields import Place, Wrong, WrongAt, kind_of, quoted
 from tuneloom.rows.parse import parse
 
 _CHUNK_BYTES = 1 << 20
@@ -14,27 +14,27 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class JsonRows:
-    """Iterates over `(place, text)`, an element each, in the memory of a few; `encode` makes a line of an element."""
+    """Iterates over elements as places and text, in the memory of a few; `encode` makes a line of an element."""
 
     def __init__(self, file: BinaryIO, max_row_bytes: int) -> None:
         self._text = _Text(file)
         self._max_row_bytes = max_row_bytes
         self._decoder = json.JSONDecoder()
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        """Raises Wrong where the file cannot be read on; the message says where."""
+    def __iter__(self) -> Iterator[tuple[Place, str]]:
+        """Raises Wrong where the file cannot be read on."""
         text, number = self._text, 0
         text.take("[")
         is_over = text.next_mark() == "]" and bool(text.take("]"))
         while not is_over:
             number += 1
             text.need_mark()
-            place = f"Row {number:,} (line {text.line:,})"
+            place = Place(number, text.line)
             try:
                 yield place, self._element()
                 is_over = text.take(",]") == "]"
             except Wrong as problem:
-                raise Wrong(f"{place}: {problem}") from None
+                raise WrongAt(place, str(problem)) from None
         if mark := text.next_mark():
             raise Wrong(f"Not JSON: {quoted(mark)} after the end of the array, at {text.where(text.at)}.")
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tuneloom.rows.fields import Wrong, kind_of, only, optional, quoted
+from tuneloom.rows.parse import parse_value
 
 _MESSAGE_KEYS = {
     "system": ("role", "content", "name"),
@@ -105,9 +106,10 @@ def _message(value: Any, where: str) -> dict[str, Any]:
 
 
 def _assistant(value: dict[str, Any], where: str) -> dict[str, Any]:
-    weight = value.get("weight", 1)
+    weight = 1 if value.get("weight") is None else value["weight"]
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise Wrong(f"{where}: `weight` is {quoted(weight)}; it must be 0 or 1.")
+        given = f"a string, {quoted(weight)}" if isinstance(weight, str) else quoted(weight)
+        raise Wrong(f"{where}: `weight` is {given}; it must be the number 0 or 1.")
     calls = _tool_calls(value, where)
     content = value.get("content")
     if content is None and value.get("refusal"):
@@ -173,6 +175,11 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     for key in ("name", "arguments"):
         if not isinstance(function.get(key), str):
             raise Wrong(f"{where}: `function.{key}` is {kind_of(function.get(key))}, not a string.")
+    try:
+        # Nothing stands for no arguments.
+        parse_value(function["arguments"].strip().encode() or b"{}")
+    except (Wrong, UnicodeEncodeError) as problem:
+        raise Wrong(f"{where}: `function.arguments`: {problem}") from None
     return {**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": function}
 
 

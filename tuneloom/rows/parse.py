@@ -11,8 +11,10 @@ BOM = b"\xef\xbb\xbf"
 
 
 def check_encoding(start: bytes) -> None:
-    """Raises Wrong if a file that starts so is UTF-16, with a mark of it or by the zeros between its characters."""
+    """Raises Wrong if a file that starts so is UTF-16 or UTF-32, with a mark or by the zeros between its characters."""
     zeros = [byte == 0 for byte in start[:4]]
+    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or sum(zeros) == 3:
+        raise Wrong("The file is UTF-32. Save it as UTF-8.")
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) or zeros in ([True, False] * 2, [False, True] * 2):
         raise Wrong("The file is UTF-16. Save it as UTF-8.")
 

@@ -27,8 +27,13 @@ class Problem:
     @property
     def field(self) -> str | None:
         """The path in the row with which the sentence begins, such as `messages[0].content`."""
-        found = _FIELD.match(self.message)
-        return found[1].replace("`: `", ".").strip("`") if found else None
+        return field_of(self.message)
+
+
+def field_of(message: str) -> str | None:
+    """The path in a row with which a sentence about it begins; None if it begins otherwise."""
+    found = _FIELD.match(message)
+    return found[1].replace("`: `", ".").strip("`") if found else None
 
 
 @dataclass
@@ -64,11 +69,12 @@ class Scan:
             if number == 1:
                 try:
                     check_encoding(raw)
+                    raw = raw.removeprefix(BOM)
+                    _check_lines(raw)
                 except Wrong as problem:
                     self.num_rows += 1
                     self.add(1, str(problem))
                     return
-                raw = raw.removeprefix(BOM)
             if not raw.strip():
                 continue
             self.num_rows += 1
@@ -96,6 +102,15 @@ class Scan:
             self.add(None, "The file is empty. It needs one JSON object per line.")
         elif self.num_rows < self.min_rows:
             self.add(None, f"The file has {_count(self.num_rows, 'row')}; at least {self.min_rows} are needed.")
+
+
+def _check_lines(first: bytes) -> None:
+    """Raises Wrong if a file whose first line this is has an array over several lines, each of which would be wrong."""
+    if first.strip() in (b"[", b"[{"):
+        raise Wrong(
+            "The file is a JSON array over several lines. Write one JSON object per line, without an array around "
+            "them, or give the file a name that ends in `.json`."
+        )
 
 
 def numbered_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:

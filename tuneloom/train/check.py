@@ -16,7 +16,7 @@ from tuneloom.bases import get_base
 from tuneloom.config import Settings, load
 from tuneloom.domain import File, JobError, JobSpec
 from tuneloom.errors import InvalidFile, Overloaded, TuneloomError
-from tuneloom.rows import Scan
+from tuneloom.rows import InvalidRows, Scan
 from tuneloom.store import Store, open_store
 from tuneloom.train.data import (
     MAX_CACHED_BYTES,
@@ -84,6 +84,13 @@ class Report:
             "notes": [asdict(note) for note in self.notes],
             "planned": self.planned.as_json() if self.planned else None,
         }
+
+
+def of_unread(param: str, name: str, error: InvalidRows) -> Report:
+    """The report on a file of which no rows could be made, so that an upload of it is refused."""
+    problems = tuple(FileProblem(param, each.line, each.field, each.message) for each in error.problems)
+    message = f"`{name}` cannot be used: {error.message}"
+    return Report(JobError(code="invalid_file", message=message, param=param), problems, error.problem_count)
 
 
 class Check:
