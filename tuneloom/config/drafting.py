@@ -14,6 +14,12 @@ class DraftProviderSettings(Section):
     kind: Literal["gemini", "openai"] = Field(description="Google's API, or one that speaks OpenAI's, such as ours")
     base_url: str | None = Field(None, description="needed for `openai`, up to and with `/v1`; None: Google's")
     models: tuple[str, ...] = Field(min_length=1, description="those that may be chosen; the first is the default")
+    project: str | None = Field(
+        None,
+        min_length=1,
+        description="`gemini`: through Vertex AI of this Google Cloud project, by the machine's identity",
+    )
+    location: str = Field("global", pattern=r"[a-z0-9-]+", description="with `project`: Vertex AI's region")
     api_key_env: str | None = Field(None, description="the variable that holds the key")
     api_key_file: Path | None = Field(None, description="or the file that does")
     timeout_s: float = Field(120.0, gt=0, description="for one call")
@@ -30,6 +36,12 @@ class DraftProviderSettings(Section):
             raise ValueError("a provider of the kind `openai` needs `base_url`")
         if self.api_key_env is not None and self.api_key_file is not None:
             raise ValueError("give `api_key_env` or `api_key_file`, not both")
+        if self.project is not None and self.kind != "gemini":
+            raise ValueError("`project` is for a provider of the kind `gemini`")
+        if self.project is None and self.location != "global":
+            raise ValueError("`location` needs `project`")
+        if self.project is not None and (self.api_key_env is not None or self.api_key_file is not None):
+            raise ValueError("with `project`, Application Default Credentials are used: leave the key out")
         if self.api_key_env is not None and self.api_key_env.startswith(("TUNELOOM_", "RAY_")):
             raise ValueError("`api_key_env`: a cluster does not inherit variables that begin with TUNELOOM_ or RAY_")
         if (self.input_price is None) != (self.output_price is None):

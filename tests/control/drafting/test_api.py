@@ -187,6 +187,9 @@ def test_what_a_user_writes_is_data_in_the_prompt_and_in_no_path_or_log(
         ({"kind": "gemini", "models": ["m"], "api_key_env": "A", "api_key_file": "b"}, "not both"),
         ({"kind": "gemini", "models": ["m"], "api_key_env": "TUNELOOM_KEY"}, "does not inherit"),
         ({"kind": "gemini", "models": ["m"], "input_price": 1}, "or neither"),
+        ({"kind": "gemini", "models": ["m"], "location": "us-central1"}, "`location` needs `project`"),
+        ({"kind": "gemini", "models": ["m"], "project": "p", "api_key_env": "A"}, "leave the key out"),
+        ({"kind": "openai", "models": ["m"], "base_url": "http://x/v1", "project": "p"}, "of the kind `gemini`"),
     ],
 )
 def test_a_wrong_provider_is_refused_by_the_settings(provider: dict[str, Any], said: str):

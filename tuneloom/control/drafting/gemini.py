@@ -1,13 +1,20 @@
-"""Google's Gemini by the package `google-genai`, with its structured output."""
+"""Google's Gemini by the package `google-genai`, with its structured output; by key, or through Vertex AI.
 
+Vertex AI knows the machine by its Application Default Credentials: on GKE by the workload's identity.
+"""
+
+import logging
 from typing import Any
 
 from google import genai
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.genai import errors, types
 
 from tuneloom.config import DraftProviderSettings
 from tuneloom.control.drafting.prompts import Prompt
 from tuneloom.control.drafting.providers import Answer, ProviderFailure, refusal, silence
+
+logger = logging.getLogger(__name__)
 
 # Reasons to end that mean a whole text, or one that was cut off. All others withhold it.
 _ENDS = {"STOP": "stop", "MAX_TOKENS": "length"}
@@ -18,16 +25,19 @@ class Gemini:
     """A client retries only if it is told to: see `retry_options`."""
 
     def __init__(self, name: str, settings: DraftProviderSettings, model: str, key: str | None) -> None:
-        if key is None:
+        if key is None and settings.project is None:
             raise ProviderFailure(
                 "provider_key_missing",
-                f"`drafting.providers.{name}`: Gemini needs a key: `api_key_env` or `api_key_file`.",
+                f"`drafting.providers.{name}`: Gemini needs a key (`api_key_env` or `api_key_file`), or a `project`.",
                 is_final=True,
             )
         self._name, self._settings, self._model, self._key = name, settings, model, key
+        # Not by the environment's variables: which project pays is the settings' to say.
+        is_vertex = settings.project is not None
         self._client = genai.Client(
-            # Not by the environment's variables: which project pays is the settings' to say.
-            vertexai=False,
+            vertexai=is_vertex,
+            project=settings.project,
+            location=settings.location if is_vertex else None,
             api_key=key,
             http_options=types.HttpOptions(
                 base_url=settings.base_url,
@@ -58,6 +68,8 @@ class Gemini:
             response = self._client.models.generate_content(model=self._model, contents=prompt.user, config=config)
         except errors.APIError as error:
             raise refusal(self._name, error.code, f"{error.status}: {error.message}", self._key) from None
+        except GoogleAuthError as error:
+            raise self._unknown(error) from None
         except Exception as error:
             # The SDK lets errors of its HTTP client through, of one of two packages.
             raise silence(self._name, self._settings.timeout_s, type(error).__name__) from None
@@ -65,6 +77,18 @@ class Gemini:
 
     def close(self) -> None:
         self._client.close()
+
+    def _unknown(self, error: GoogleAuthError) -> ProviderFailure:
+        """What it means that Vertex AI could not be told who calls."""
+        if error.retryable or isinstance(error, TransportError):
+            return silence(self._name, self._settings.timeout_s, f"no credentials came ({type(error).__name__})")
+        where = f"`drafting.providers.{self._name}.project`"
+        if isinstance(error, DefaultCredentialsError):
+            told = "there are no Application Default Credentials where drafters run"
+            return ProviderFailure("provider_key_missing", f"{where}: {told}.", is_final=True)
+        logger.warning("Vertex AI's credentials were refused: %s: %s", self._name, error)
+        told = "the Application Default Credentials were refused"
+        return ProviderFailure("provider_key_refused", f"{where}: {told}. See the server's log.", is_final=True)
 
 
 def _read(response: types.GenerateContentResponse) -> Answer:
