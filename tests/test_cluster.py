@@ -238,6 +238,23 @@ def test_the_admin_key_is_made_once_and_again_only_when_it_is_of_no_use(tmp_path
     assert is_new and second != first
 
 
+def test_what_changed_in_the_settings_since_they_were_deployed_is_named(tmp_path: Path):
+    def load(**parts: object) -> config.Settings:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(parts))
+        return config.load(tmp_path)
+
+    first = load(bases=[{"id": BASE}])
+    older = make_state(tmp_path)
+    assert up.unused_parts(first, older) == (), "one that noted nothing is not judged"
+    state = up._remember(first, older, is_new=True)
+    assert cluster.read_state(tmp_path) == state
+    assert up.unused_parts(load(bases=[{"id": BASE, "engine": {}}]), state) == (), "a default that is written out"
+
+    changed = load(bases=[{"id": BASE, "engine": {"max_sequences": 5}}], gateway={"mode": "haproxy"}, audit={})
+    assert up.unused_parts(changed, state) == ("bases", "gateway")
+    assert up.unused_parts(changed, up._remember(changed, state, is_new=False)) == ("gateway",), "at the start"
+
+
 # On a real cluster. One after another they take one installation through its days.
 
 
@@ -375,6 +392,20 @@ def test_a_second_up_says_that_it_is_running_and_touches_nothing(home: Home):
     assert "running already" in output
     assert "admin key" not in output
     assert before <= {process.pid for process in cluster.processes(home.path)}
+
+
+@pytest.mark.cluster
+def test_a_second_up_says_which_settings_it_does_not_apply(home: Home):
+    assert "config.yaml has changed" not in home.succeed("up") + home.succeed("status")
+    path = home.path / "config.yaml"
+    before = path.read_text()
+    try:
+        path.write_text(yaml.safe_dump({**yaml.safe_load(before), "usage": {"retention_days": 300}}))
+        for command in ("up", "status"):
+            assert "config.yaml has changed (`usage`)" in home.succeed(command)
+        assert json.loads(home.succeed("status", "--json"))["unused_settings"] == ["usage"]
+    finally:
+        path.write_text(before)
 
 
 @pytest.mark.cluster

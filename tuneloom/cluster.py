@@ -49,6 +49,7 @@ class ClusterState(BaseModel):
     """What is remembered of a cluster from before its first process starts until `down`.
 
     After `down` the file stays, with `is_up` false: the next cluster takes the same API port if it is free.
+    `settings`: a hash of each part of the settings that it runs with, by name; empty until they are deployed.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -61,6 +62,7 @@ class ClusterState(BaseModel):
     dashboard_port: int
     folder: Path
     session: int = 0
+    settings: dict[str, str] = {}
 
     @property
     def api_url(self) -> str:

@@ -3,10 +3,12 @@
 Each step is safe to repeat, so that a second `up` after an interrupted one takes over where it is.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import httpx
@@ -23,15 +25,18 @@ DEPLOY_TIMEOUT_S = 300.0
 PROBE_TIMEOUT_S = 60.0
 POLL_S = 0.25
 REPEAT_LINE_S = 10.0
+# Parts of the settings that a cluster takes at its start, some of it or all.
+FIXED_PARTS = ("gateway", "train")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`new_key`: the admin key if this call has made it."""
+    """`new_key`: the admin key if this call has made it. `unused`: see `unused_parts`."""
 
     state: ClusterState
     was_running: bool
     new_key: str | None
+    unused: tuple[str, ...]
 
 
 def up(settings: Settings, report: Report, timeout_s: float = READY_TIMEOUT_S) -> Outcome:
@@ -46,12 +51,13 @@ def up(settings: Settings, report: Report, timeout_s: float = READY_TIMEOUT_S) -
     with cluster.exclusive(home):
         running = cluster.read_state(home)
         if running and running.is_up and cluster.is_whole(home) and _answers(settings, running):
-            return Outcome(running, was_running=True, new_key=None)
+            return Outcome(running, True, None, unused_parts(settings, running))
         prepare_bases(settings, report)
         state, is_new = _own_cluster(settings, report)
         try:
             key, is_new_key = ensure_admin_key(settings)
             _deploy(settings, state, report)
+            state = _remember(settings, state, is_new=is_new)
             _await_answers(settings, state, key, report, time.monotonic() + timeout_s)
             _check_alone(settings, state)
         except BaseException:
@@ -60,7 +66,15 @@ def up(settings: Settings, report: Report, timeout_s: float = READY_TIMEOUT_S) -
                 report("stopping what was started")
                 cluster.stop(home)
             raise
-    return Outcome(state, was_running=False, new_key=key if is_new_key else None)
+    return Outcome(state, False, key if is_new_key else None, unused_parts(settings, state))
+
+
+def unused_parts(settings: Settings, state: ClusterState) -> tuple[str, ...]:
+    """Names in `config.yaml` of what has changed since the cluster took its settings, so that it does not use it."""
+    if not state.settings:
+        return ()
+    wanted = _hashes(settings)
+    return tuple(name for name in sorted(wanted) if wanted[name] != state.settings.get(name))
 
 
 def prepare_bases(settings: Settings, report: Report) -> None:
@@ -149,6 +163,21 @@ def _deploy(settings: Settings, state: ClusterState, report: Report) -> None:
         if answer.status_code == 200:
             return
         raise ClusterError(f"Serve refused the applications: {answer.text[-2000:]}")
+
+
+def _remember(settings: Settings, state: ClusterState, *, is_new: bool) -> ClusterState:
+    """Note what settings are deployed; those that a running cluster has taken at its start stay noted as they were."""
+    noted = _hashes(settings)
+    if not is_new:
+        noted |= {name: state.settings[name] for name in FIXED_PARTS if name in state.settings}
+    state = state.model_copy(update={"settings": noted})
+    cluster.write_state(settings.home, state)
+    return state
+
+
+def _hashes(settings: Settings) -> dict[str, str]:
+    parts = settings.model_dump(mode="json", exclude={"home"})
+    return {name: sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for name, part in parts.items()}
 
 
 def _await_answers(settings: Settings, state: ClusterState, key: str, report: Report, deadline: float) -> None:

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,6 +38,8 @@ def up(
     if outcome.new_key:
         typer.echo(f"  admin key  {outcome.new_key}   (shown this once; kept in {settings.home / 'admin-key'})")
     typer.echo('  shell      eval "$(tuneloom env)"')
+    if outcome.unused:
+        typer.echo(f"  {_unused(outcome.unused)}")
 
 
 def down(context: typer.Context) -> None:
@@ -116,11 +119,18 @@ def _print_bases(settings: "Settings", *, as_json: bool) -> None:
             print_rows(header, rows)
 
 
+def _unused(parts: Iterable[str]) -> str:
+    names = ", ".join(f"`{part}`" for part in parts)
+    return f"config.yaml has changed ({names}) since it was started with it; to use it: tuneloom down && tuneloom up"
+
+
 def _print_status(report: dict) -> None:
     if report["running"]:
         typer.echo(f"running at {report['api_url']}, dashboard {report['dashboard_url']}, {report['memory_mb']:,} MB")
         if report["problem"]:
             typer.echo(f"  {report['problem']}")
+        if report["unused_settings"]:
+            typer.echo(f"  {_unused(report['unused_settings'])}")
     else:
         typer.echo("not running" + (f": {report['problem']}" if report["problem"] else ""))
     print_rows(["application", "state"], [[name, state] for name, state in report["applications"].items()])

@@ -37,9 +37,11 @@ def collect(settings: Settings) -> dict[str, Any]:
         "processes": len(processes),
         "memory_mb": sum(_memory(process) for process in processes) // 10**6,
         "applications": {},
+        "unused_settings": [],
     }
     if state is not None and (processes or state.is_up):
         report |= {"api_url": state.api_url, "dashboard_url": state.dashboard_url, "started_at": state.started_at}
+        report |= {"unused_settings": list(up.unused_parts(settings, state))}
         report |= _live(settings, state)
     report["bases"] = _bases(settings, report["applications"])
     report["jobs"] = _jobs(settings)
