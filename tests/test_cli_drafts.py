@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 from tests.control.conftest import store  # noqa: F401
-from tests.control.drafting.conftest import Desk, Open, open_desk  # noqa: F401
+from tests.control.drafting.conftest import DRAFTS, Desk, Open, open_desk  # noqa: F401
 from tests.test_cli import Shell
 from tuneloom import cluster
 
@@ -93,6 +93,29 @@ def test_a_draft_is_cancelled(shell: Shell, desk: Desk):
     assert shell("drafts", "list") == 0 and "cancelling" in shell.out
     assert desk.run(id)["status"] == "cancelled"
     assert shell("drafts", "show", "draft_none") == 1 and "No such Draft object: draft_none" in shell.err
+
+
+def test_a_draft_is_watched_until_it_has_ended(shell: Shell, desk: Desk):
+    id, none = desk.create(rows=20)["id"], desk.create(rows=10)["id"]
+    assert desk.api.post(f"{DRAFTS}/{none}/cancel").status_code == 200
+    over = threading.Event()
+
+    def control() -> None:
+        while not over.is_set():
+            desk.control.tick()
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=control, daemon=True)
+    thread.start()
+    try:
+        assert shell("drafts", "watch", id) == 0
+        lines = shell.out.splitlines()
+        assert lines[-2].startswith("succeeded  20/20 rows  2 calls") and lines[-1] == desk.get(id)["file_id"]
+        assert shell("drafts", "watch", none) == 1 and shell.out.splitlines()[-1] == "no rows"
+    finally:
+        over.set()
+        thread.join(10)
+    assert shell("drafts", "watch", "draft_none") == 1 and "No such Draft object: draft_none" in shell.err
 
 
 def test_wrong_rows_are_told_beside_the_good_ones(shell: Shell, desk: Desk, tmp_path: Path):

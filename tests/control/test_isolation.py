@@ -71,6 +71,7 @@ def hers(api) -> dict[str, str]:
         ("POST", "/v1/tuneloom/files/FILE/edit", {"json": {"operations": [{"op": "delete", "rows": [1]}]}}),
         ("GET", f"{DRAFTS}/DRAFT", {}),
         ("GET", f"{DRAFTS}/DRAFT/rows", {}),
+        ("GET", f"{DRAFTS}/DRAFT/events?timeout_s=1", {}),
         ("GET", f"{DRAFTS}?after=DRAFT", {}),
         ("POST", f"{DRAFTS}/DRAFT/cancel", {}),
         ("POST", DRAFTS, {"json": {"description": "x", "format": "text", "rows": 10, "seed_file": "FILE"}}),

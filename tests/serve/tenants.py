@@ -188,6 +188,7 @@ CALLS: dict[str, list[Call]] = {
     f"{OURS}/drafts/{{id}}": get(f"{OURS}/drafts/DRAFT"),
     f"{OURS}/drafts/{{id}}/cancel": [post(f"{OURS}/drafts/DRAFT/cancel")],
     f"{OURS}/drafts/{{id}}/rows": get(f"{OURS}/drafts/DRAFT/rows"),
+    f"{OURS}/drafts/{{id}}/events": get(f"{OURS}/drafts/DRAFT/events?timeout_s=1"),
     f"{OURS}/limits": get(f"{OURS}/limits"),
     f"{OURS}/limits/{{owner}}": [
         *get(f"{OURS}/limits/OWNER"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tuneloom.cli.session import Api, print_json, print_rows, read_settings
+from tuneloom.errors import TuneloomError
 
 app = typer.Typer(help="Training rows drafted from a description.", no_args_is_help=True)
 
@@ -95,6 +96,25 @@ def show(context: typer.Context, id: DraftId, json: Json = False) -> None:
         for each in draft["drafters"]
     ]
     print_rows(["drafter", "role", "status", "rows", "lost"], [[str(cell) for cell in line] for line in table])
+
+
+@app.command()
+def watch(context: typer.Context, id: DraftId) -> None:
+    """A line whenever a draft gets on, until it has ended. The exit code tells whether it has a file."""
+    api = Api(read_settings(context))
+    while True:
+        for event in api.events(f"{DRAFTS}/{id}/events"):
+            if "error" in event:
+                raise TuneloomError(event["error"]["message"])
+            draft = event["draft"]
+            counts = draft["counts"]
+            line = f"{_state(draft)}  {_progress(draft)} rows  {counts['calls']:,} calls" + _dropped(counts["dropped"])
+            typer.echo(line)
+            if event["type"] == "draft.ended":
+                if draft["error"] is not None:
+                    typer.echo(f"error: {draft['error']['message']}", err=True)
+                typer.echo(draft["file_id"] or "no rows")
+                raise typer.Exit(0 if draft["file_id"] else 1)
 
 
 @app.command()

@@ -94,6 +94,23 @@ class Api:
         finally:
             part.unlink(missing_ok=True)
 
+    def events(self, path: str) -> "Iterator[dict[str, Any]]":
+        """The server-sent events of a path, until the server ends them."""
+        import httpx
+
+        try:
+            with self._client.stream("GET", path) as response:
+                if not response.is_success:
+                    response.read()
+                    raise (NotFound if response.status_code == 404 else TuneloomError)(_message(response))
+                for line in response.iter_lines():
+                    if line == "data: [DONE]":
+                        return
+                    if line.startswith("data: "):
+                        yield json.loads(line.removeprefix("data: "))
+        except httpx.TransportError as error:
+            raise TuneloomError(f"The events broke off ({type(error).__name__}). Try again.") from error
+
     def _call(self, method: str, path: str, **options: Any) -> "httpx.Response":
         import httpx
 

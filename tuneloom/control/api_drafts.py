@@ -1,15 +1,19 @@
 """`/v1/tuneloom/drafts` on the wire."""
 
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tuneloom.control import audit, drafts, files, repeat
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
+from tuneloom.control.draft_events import HEADERS, Streams, progress
 from tuneloom.control.drafting.duplicates import MIN_SIMILARITY
 from tuneloom.control.pages import read_page
 from tuneloom.domain import Draft, DraftCounts, Drafter, DraftFormat, DraftRole, DraftSpec, Principal, RowLength, new_id
@@ -57,6 +61,7 @@ class DraftsApi:
         self._store = context.store
         self._records = context.store.records
         self._settings = context.settings.drafting
+        self._streams = Streams()
 
     def routes(self) -> list[Route]:
         return [
@@ -65,6 +70,7 @@ class DraftsApi:
             Route("/v1/tuneloom/drafts/{id}", self.retrieve, methods=["GET"]),
             Route("/v1/tuneloom/drafts/{id}/cancel", self.cancel, methods=["POST"]),
             Route("/v1/tuneloom/drafts/{id}/rows", self.rows, methods=["GET"]),
+            Route("/v1/tuneloom/drafts/{id}/events", self.events, methods=["GET"]),
         ]
 
     async def create(self, request: Request) -> Response:
@@ -180,6 +186,26 @@ class DraftsApi:
         draft = await in_thread(drafts.cancel, self._records, owner, id, audit.actor_of(request))
         self._context.poke()
         return JSONResponse(await in_thread(self._show, draft))
+
+    async def events(self, request: Request) -> Response:
+        """Ends when the draft has ended, or after a while; who is still curious connects again."""
+        owner, id = caller(request, "training").owner, request.path_params["id"]
+        longest_s = max(1, int(self._context.settings.gateway.request_timeout_s))
+        timeout_s = query_int(request, "timeout_s", longest_s, 1, longest_s)
+
+        def look() -> dict[str, Any]:
+            return self._show(drafts.get_draft(self._records, owner, id).value)
+
+        first, until = await in_thread(look), time.monotonic() + timeout_s
+        self._streams.check(owner)
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            with self._streams.one(owner):
+                async with aclosing(progress(first, lambda: in_thread(look), until=until)) as stream:
+                    async for event in stream:
+                        yield event
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers=HEADERS)
 
     async def rows(self, request: Request) -> Response:
         return JSONResponse(await in_thread(self._rows, request, caller(request, "training").owner))
