@@ -44,6 +44,14 @@ class Front:
         with self._lock:
             self._faults += [(text, fault)] * times
 
+    def heal(self) -> None:
+        with self._lock:
+            self._faults.clear()
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
     def take(self, line: str) -> int | Fault | None:
         with self._lock:
             self.requests.append(line)
@@ -64,8 +72,7 @@ class Front:
 @contextlib.contextmanager
 def front(target_port: int) -> Iterator[Front]:
     made = Front(target_port)
-    server = ThreadingHTTPServer((HOST, 0), _handler(made))
-    server.daemon_threads = True
+    server = _Server((HOST, 0), _handler(made))
     made.address = f"{HOST}:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -76,6 +83,13 @@ def front(target_port: int) -> Iterator[Front]:
         server.shutdown()
         server.server_close()
         thread.join(TIMEOUT_S)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that go away are what the tests are about."""
 
 
 def flipped(body: bytes) -> bytes:
@@ -121,7 +135,8 @@ def _handler(front: Front) -> type[BaseHTTPRequestHandler]:
 
         def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
             with contextlib.closing(http.client.HTTPConnection(HOST, front.target_port, timeout=TIMEOUT_S)) as part:
-                kept = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding",)}
+                own = {"transfer-encoding", "content-length"}
+                kept = {name: value for name, value in self.headers.items() if name.lower() not in own}
                 part.request(self.command, self.path, body, kept | {"content-length": str(len(body))})
                 answer = part.getresponse()
                 return answer.status, dict(answer.getheaders()), answer.read()

@@ -15,6 +15,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from tests.parts.front import Front, front
 from tests.parts.proxy import Proxy, proxy
 from tests.parts.servers import Server
 from tests.serve.conftest import BASE, Service, make_service
@@ -30,13 +31,15 @@ PATIENCE_S = 60.0
 
 @dataclass
 class Cloud:
-    """A service whose parts are each behind a proxy."""
+    """A service whose parts are each behind a proxy; `database` and `bucket` can refuse single requests behind it."""
 
     service: Service
     key: str
     firestore: Proxy
     gcs: Proxy
     redis: Proxy
+    database: Front
+    bucket: Front
 
     def client(self, **more: object) -> AsyncOpenAI:
         return self.service.openai(self.key, timeout=PATIENCE_S, **more)
@@ -56,7 +59,13 @@ def cloud(
     bucket = f"tuneloom-{uuid.uuid4().hex[:12]}"
     made = httpx.post(f"http://{gcs_server.address}/storage/v1/b", json={"name": bucket}, timeout=10, trust_env=False)
     made.raise_for_status()
-    with proxy(firestore_server.port) as firestore, proxy(gcs_server.port) as gcs, proxy(redis_server.port) as redis:
+    with (
+        front(firestore_server.port) as database,
+        front(gcs_server.port) as refusing,
+        proxy(database.port) as firestore,
+        proxy(refusing.port) as gcs,
+        proxy(redis_server.port) as redis,
+    ):
         monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", firestore.address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs.address}")
         settings = Settings(
@@ -68,7 +77,8 @@ def cloud(
         )
         store = open_store(settings)
         service = make_service(settings, store)
-        yield Cloud(service, service.key("ada", ("inference", "training")), firestore, gcs, redis)
+        key = service.key("ada", ("inference", "training"))
+        yield Cloud(service, key, firestore, gcs, redis, database, refusing)
         for part in (firestore, gcs, redis):
             part.set("forward")
         store.close()
@@ -179,6 +189,28 @@ async def test_a_bucket_that_is_away_leaves_no_file_without_bytes(cloud: Cloud, 
         assert await chat(client)
         assert cloud.files() == ["kept.jsonl"]
         cloud.gcs.set("forward")
+        assert (await client.files.content(kept)).content == ROWS
+        await upload(client, "after.jsonl")
+        assert sorted(cloud.files()) == ["after.jsonl", "kept.jsonl"]
+
+
+@pytest.mark.parametrize("part", ["bucket", "database"])
+async def test_a_part_that_refuses_the_server_is_for_its_operator_to_read_of(
+    cloud: Cloud, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    refusing: Front = getattr(cloud, part)
+    async with cloud.client() as client:
+        cloud.service.add_version("ada", "bot")
+        kept = await upload(client, "kept.jsonl")
+        assert await chat(client, "bot")
+        refusing.spoil("/", 403, times=1000)
+        for call in (upload(client, "lost.jsonl"), client.files.content(kept)):
+            error = await refused(call)
+            assert error.response.headers["x-request-id"] in error.message
+            assert not any(word in str(error.body) for word in ("roles/", "gs://", "demo-", "tuneloom-"))
+        assert "Grant the account `roles/" in caplog.text
+        assert await chat(client, "bot")
+        refusing.heal()
         assert (await client.files.content(kept)).content == ROWS
         await upload(client, "after.jsonl")
         assert sorted(cloud.files()) == ["after.jsonl", "kept.jsonl"]

@@ -252,9 +252,7 @@ def test_a_spoiled_or_missing_blob_is_named_by_its_record(
     assert ("cannot be read" in found.problem) is is_gone
 
 
-def test_a_file_that_is_deleted_while_it_is_checked_is_no_problem(
-    kept: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_deleted_while_it_is_checked_is_no_problem(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     read = kept.blobs.open
 
     def delete_and_read(key: str) -> Any:

@@ -24,6 +24,7 @@ from tuneloom.store.base import (
     Range,
     Replace,
     StoreConflict,
+    StoreRefused,
     Write,
 )
 
@@ -397,7 +398,7 @@ class Failing(Credentials):
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"), [(auth.TransportError("no route"), Overloaded), (auth.RefreshError("revoked"), TuneloomError)]
+    ("error", "kind"), [(auth.TransportError("no route"), Overloaded), (auth.RefreshError("revoked"), StoreRefused)]
 )
 def test_an_account_without_a_token(monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type) -> None:
     documents, transport = answering(monkeypatch)

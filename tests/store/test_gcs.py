@@ -380,10 +380,10 @@ def test_a_server_that_does_not_answer_is_waited_for_a_while(blobs: GcsBlobs, li
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
-def test_a_server_that_is_busy_for_long_is_told_as_overloaded(blobs: GcsBlobs, spoiled: Front, status: int) -> None:
+def test_a_server_that_is_busy_for_long_is_told_as_overloaded(gcs_url: str, spoiled: Front, status: int) -> None:
     spoiled.spoil("/", status, times=1000)
     with pytest.raises(Overloaded) as error:
-        blobs.find("a")
+        GcsBlobs.at(gcs_url, Waits(call_s=4.0)).find("a")
     assert error.value.retry_after_s
     assert len(spoiled.requests) > 1
 

@@ -20,7 +20,7 @@ from tuneloom.errors import InvalidRequest, NotFound, Overloaded, TooLarge, Tune
 from tuneloom.serve.guard import REQUEST_ID
 from tuneloom.serve.limits_answer import HEADERS as RATE_LIMIT_HEADERS
 from tuneloom.serve.sse import ClientGone
-from tuneloom.store.base import BlobExists, BlobNotFound
+from tuneloom.store.base import BlobExists, BlobNotFound, StoreRefused
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ EXPOSED_HEADERS = (
 # Fields and boundaries of a multipart body, beside the file in it.
 MULTIPART_SLACK = 1 << 20
 CLIENT_CLOSED_REQUEST = 499
+# Somebody has to put it right, which takes a while.
+REFUSED_RETRY_AFTER_S = 30.0
 
 
 def request_id(scope: Scope) -> str:
@@ -46,6 +48,13 @@ def request_id(scope: Scope) -> str:
 
 def as_tuneloom_error(error: Exception, request_id: str) -> TuneloomError:
     """The error to answer with. What nobody expected is logged here, once, and says only where to find it."""
+    if isinstance(error, StoreRefused):
+        logger.error("request failed: %s: %s", request_id, error.message)
+        return Overloaded(
+            f"The server cannot get at its store. Its operator finds the reason in the log, by the request id "
+            f"{request_id}. Try again later.",
+            retry_after_s=REFUSED_RETRY_AFTER_S,
+        )
     # A blob's absence is ours to explain: the person asked for a file or a model, and its records were there.
     if isinstance(error, TuneloomError) and not isinstance(error, BlobNotFound | BlobExists):
         if error.status >= 500:

@@ -35,6 +35,15 @@ class CommitUnknown(Overloaded):
     """
 
 
+class StoreRefused(TuneloomError):
+    """The store does not let this process in, or is not there: its operator has to act, and the message is for them.
+
+    It names what only they should see; whoever calls the API gets a 503 without it.
+    """
+
+    status = 503
+
+
 class BlobNotFound(TuneloomError):
     """There is no blob with that key."""
 

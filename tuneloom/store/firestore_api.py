@@ -20,6 +20,7 @@ from google.auth import exceptions as auth
 from google.auth.transport.requests import Request
 
 from tuneloom.errors import Overloaded, TuneloomError
+from tuneloom.store.base import StoreRefused
 
 logger = logging.getLogger(__name__)
 
@@ -125,21 +126,21 @@ class FirestoreApi:
             return Overloaded(f"Firestore does not answer for {where}. Try again.", retry_after_s=RETRY_AFTER_S)
         match error.status:
             case "PERMISSION_DENIED" | "UNAUTHENTICATED":
-                return TuneloomError(
+                return StoreRefused(
                     f"Firestore refuses {where} to this process's account: {error.message} Grant the account `{ROLE}`, "
                     "and check that the project is the right one and its Firestore API is on."
                 )
             case "NOT_FOUND":
-                return TuneloomError(
+                return StoreRefused(
                     f"Firestore does not know {where}: {error.message} Create it, or name another one in "
                     "`documents_url`."
                 )
             case "FAILED_PRECONDITION" if "index" in error.message:
-                return TuneloomError(
+                return StoreRefused(
                     f"Firestore cannot answer a query of {where}: {error.message} Deploy "
                     "`cluster/firestore.indexes.json`."
                 )
-        return TuneloomError(f"Firestore answered {error.status} for {where}: {error.message}")
+        return StoreRefused(f"Firestore answered {error.status} for {where}: {error.message}")
 
     def close(self) -> None:
         self._is_closed = True
@@ -209,7 +210,7 @@ def _credentials(project: str) -> Any:
     try:
         found, _ = google.auth.default(scopes=[SCOPE])
     except auth.DefaultCredentialsError as error:
-        raise TuneloomError(
+        raise StoreRefused(
             f"There are no credentials for Firestore in the project `{project}`. Run under a service account, set "
             "GOOGLE_APPLICATION_CREDENTIALS to a file with one, or run `gcloud auth application-default login`."
         ) from error

@@ -18,7 +18,8 @@ from google.cloud import storage
 from google.cloud.storage.retry import DEFAULT_RETRY
 from requests.adapters import HTTPAdapter
 
-from tuneloom.errors import Overloaded, TuneloomError
+from tuneloom.errors import Overloaded
+from tuneloom.store.base import StoreRefused
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,8 @@ class Bucket:
             self._is_there = True
 
 
-def no_bucket(bucket: str) -> TuneloomError:
-    return TuneloomError(f"There is no bucket `{bucket}`. Make it, or name another one in `blobs_url`.")
+def no_bucket(bucket: str) -> StoreRefused:
+    return StoreRefused(f"There is no bucket `{bucket}`. Make it, or name another one in `blobs_url`.")
 
 
 @contextlib.contextmanager
@@ -115,7 +116,7 @@ def asking(bucket: str, understood: frozenset[int] = UNDERSTOOD) -> Iterator[Non
         yield
     except (exceptions.Unauthorized, exceptions.Forbidden, auth.RefreshError, auth.InvalidOperation) as error:
         logger.warning("Cloud Storage refused: %s", error)
-        raise TuneloomError(
+        raise StoreRefused(
             f"Cloud Storage refuses the bucket `{bucket}` to this process's account. Grant the account `{ROLE}` on it."
         ) from error
     except _BUSY as error:
@@ -126,9 +127,7 @@ def asking(bucket: str, understood: frozenset[int] = UNDERSTOOD) -> Iterator[Non
     except exceptions.GoogleAPICallError as error:
         if error.code in understood:
             raise
-        raise TuneloomError(
-            f"Cloud Storage answered {error.code} for the bucket `{bucket}`: {error.message}"
-        ) from error
+        raise StoreRefused(f"Cloud Storage answered {error.code} for the bucket `{bucket}`: {error.message}") from error
 
 
 def _connect(bucket: str) -> storage.Client:
@@ -150,7 +149,7 @@ def _credentials(bucket: str) -> Credentials:
     try:
         found, _ = default(scopes=[SCOPE])
     except auth.DefaultCredentialsError as error:
-        raise TuneloomError(
+        raise StoreRefused(
             f"There are no Google credentials to open the bucket `{bucket}` with. Give this machine a service account, "
             f"name a key file in `{environment_vars.CREDENTIALS}`, or run `gcloud auth application-default login`."
         ) from error
