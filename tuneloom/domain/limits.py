@@ -49,4 +49,5 @@ class OwnerLimits(Record):
 
 def over(rates: Rates, default: Rates) -> Rates:
     """Each rate of `rates`, or of `default` where it has none."""
-    return default.model_copy(update={name: value for name, value in rates if value is not None})
+    own = {name: value for name, value in rates if value is not None}
+    return default.model_copy(update=own) if own else default

@@ -9,9 +9,9 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuneloom.config import Settings
 from tuneloom.domain import Principal, Target
@@ -37,7 +37,7 @@ RETRY_AFTER_S = 2.0
 # Who was refused is refused again without asking who counts, but not for longer: the limit may have been raised.
 REMEMBERED_S = 1.0
 MAX_REMEMBERED = 10_000
-# What nobody waits for is told to Redis a little later.
+# What nobody waits for is told to Redis a little later, all of one request together.
 SETTLE_AFTER_S = 0.005
 # Redis gives places away after `limits_redis.PLACE_LIFE_S`.
 HOLD_EVERY_S = 10.0
@@ -63,6 +63,8 @@ class Limits:
         self._refused: dict[str, tuple[float, RateLimited, Mapping[str, str]]] = {}
         self._with_places: set[Admission] = set()
         self._holding: asyncio.Task[None] | None = None
+        self._unsettled: dict[Admission, tuple[list[Correction], list[Place]]] = {}
+        self._settling: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
         if self._redis is None and settings.gateway.replicas > 1:
             logger.warning(
@@ -152,18 +154,32 @@ class Limits:
 
     def _settle(
         self, admission: Admission, corrections: Sequence[Correction], left: Sequence[Place]
-    ) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._settle_now(admission, corrections, left))
+    ) -> asyncio.Task[None] | None:
+        """None: it is done later, out of the way of the answer."""
+        if not admission.places:
+            self._with_places.discard(admission)
+        before = self._unsettled.pop(admission, ([], []))
+        work = ([*before[0], *corrections], [*before[1], *left])
+        if admission.counters is not self._redis or admission.has_last_place:
+            return self._start(self._settle_now(admission, *work))
+        self._unsettled[admission] = work
+        if self._settling is None:
+            self._settling = self._start(self._settle_soon())
+        return None
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
         return task
 
+    async def _settle_soon(self) -> None:
+        await asyncio.sleep(SETTLE_AFTER_S)
+        self._settling = None
+        unsettled, self._unsettled = self._unsettled, {}
+        await asyncio.gather(*(self._settle_now(admission, *work) for admission, work in unsettled.items()))
+
     async def _settle_now(self, admission: Admission, corrections: Sequence[Correction], left: Sequence[Place]) -> None:
-        if not admission.places:
-            self._with_places.discard(admission)
-        if admission.counters is self._redis and not admission.has_last_place:
-            # Out of the way of the answer, and together with others.
-            await asyncio.sleep(SETTLE_AFTER_S)
         try:
             await admission.counters.settle(corrections, left, admission.holder)
         except CountersDown:

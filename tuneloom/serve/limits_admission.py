@@ -47,7 +47,7 @@ class Admission:
         places: Sequence[Place],
         taken: Taken,
         holder: str,
-        settle: "Callable[[Admission, Sequence[Correction], Sequence[Place]], asyncio.Task[None]]",
+        settle: "Callable[[Admission, Sequence[Correction], Sequence[Place]], asyncio.Task[None] | None]",
     ) -> None:
         self.counters = counters
         self.charges = charges
@@ -64,7 +64,7 @@ class Admission:
         self._used = 0
 
     def finish(self) -> "asyncio.Task[None] | None":
-        """Give back what was not used and leave all places; the first call counts. None: nothing is to be done."""
+        """Give back what was not used and leave all places; the first call counts. None: nobody need wait for it."""
         if self._is_finished:
             return None
         self._is_finished = True

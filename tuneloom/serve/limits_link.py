@@ -45,7 +45,10 @@ class Link:
     ) -> None:
         password = password_file.read_text(encoding="utf-8").strip() if password_file else None
         given = {"password": password} if password else {}
-        self._pool = redis.asyncio.ConnectionPool.from_url(url, client_name="tuneloom-gateway", **given)
+        # Each time limit of the client's own costs a task for every command; the one below holds for all of them.
+        self._pool = redis.asyncio.ConnectionPool.from_url(
+            url, client_name="tuneloom-gateway", socket_timeout=None, socket_connect_timeout=None, **given
+        )
         self._timeout_s = timeout_s
         self._scripts = scripts
         self._probe = probe

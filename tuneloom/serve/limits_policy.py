@@ -17,7 +17,7 @@ from tuneloom.domain import LOCAL_OWNER, Allowance, OwnerLimits, Principal, Rate
 from tuneloom.domain.limits import over
 from tuneloom.errors import InsufficientQuota, TuneloomError
 from tuneloom.serve.limits_admission import WAITING
-from tuneloom.serve.limits_window import Charge, Place
+from tuneloom.serve.limits_window import Charge, Kind, Place
 from tuneloom.serve.reads import Reads
 from tuneloom.store.records import Records
 from tuneloom.store.usage import Spent
@@ -66,6 +66,8 @@ class Policies:
     ) -> None:
         self._settings = settings
         self._now = now
+        # What follows from the limits that were read last.
+        self._allowances: dict[tuple[str, str], tuple[OwnerLimits, Allowance]] = {}
 
         def cached(read: Callable[[str], Any], fresh_s: float, kept_s: float) -> Cached[Any]:
             return Cached(read, reads, fresh_s=fresh_s, kept_s=kept_s, stale_s=stale_s, clock=clock)
@@ -79,7 +81,15 @@ class Policies:
 
     async def find(self, principal: Principal, address: str) -> Caller:
         stored = await self._limits.get(principal.owner)
-        return Caller(principal, address, self._settings.allowance(principal, stored))
+        if stored is None:
+            return Caller(principal, address, self._settings.allowance(principal, None))
+        name = (principal.owner, principal.kind)
+        known = self._allowances.get(name)
+        if known is None or known[0] is not stored:
+            if len(self._allowances) >= MAX_CACHED:
+                self._allowances.clear()
+            known = self._allowances[name] = (stored, self._settings.allowance(principal, stored))
+        return Caller(principal, address, known[1])
 
     async def check_spent(self, caller: Caller) -> None:
         """Raise InsufficientQuota if the owner's tokens or money of this month are used up."""
@@ -103,16 +113,11 @@ class Policies:
         """
         found = []
         for scope, id, whose, rates in self._rates(caller, model):
-            for name, per, amount in (
-                ("rm", RateLimitItemPerMinute, rates.requests_per_minute),
-                ("rd", RateLimitItemPerDay, rates.requests_per_day),
-            ):
-                if amount is not None:
-                    found.append(Charge(f"{name}:{scope}:{id}", _item(per, amount), "requests", whose))
-            limit = rates.tokens_per_minute
-            if limit is not None:
-                cost = max(prompt_tokens, min(prompt_tokens + answer_tokens, limit))
-                found.append(Charge(f"tm:{scope}:{id}", _item(RateLimitItemPerMinute, limit), "tokens", whose, cost))
+            for charge in _charges(scope, id, whose, rates):
+                if charge.kind == "tokens":
+                    cost = max(prompt_tokens, min(prompt_tokens + answer_tokens, charge.limit))
+                    charge = charge.costing(cost)
+                found.append(charge)
         return found
 
     def other_charges(self, caller: Caller, is_costly: bool) -> list[Charge]:
@@ -244,6 +249,21 @@ def _spent_error(what: str, now: float) -> InsufficientQuota:
 def _find(records: Records, owner: str) -> OwnerLimits | None:
     stored = records.owner_limits.find(owner)
     return None if stored is None else stored.value
+
+
+@functools.lru_cache(maxsize=MAX_CACHED)
+def _charges(scope: str, id: str, whose: str, rates: Rates) -> tuple[Charge, ...]:
+    """Of one of each."""
+    wanted: tuple[tuple[str, type[RateLimitItem], Kind, int | None], ...] = (
+        ("rm", RateLimitItemPerMinute, "requests", rates.requests_per_minute),
+        ("rd", RateLimitItemPerDay, "requests", rates.requests_per_day),
+        ("tm", RateLimitItemPerMinute, "tokens", rates.tokens_per_minute),
+    )
+    return tuple(
+        Charge(f"{name}:{scope}:{id}", _item(per, amount), kind, whose)
+        for name, per, kind, amount in wanted
+        if amount is not None
+    )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,10 +4,11 @@ A window counts as `limits`' sliding window counter does: what was used in this 
 that a window ending now still covers. Times are milliseconds of whoever counts.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from limits import RateLimitItem
 
@@ -24,13 +25,17 @@ class Charge:
     whose: str
     cost: int = 1
 
-    @property
+    # Read many times for each request, and one charge serves many of them.
+    @functools.cached_property
     def limit(self) -> int:
         return self.item.amount
 
-    @property
+    @functools.cached_property
     def size_ms(self) -> int:
         return self.item.get_expiry() * 1000
+
+    def costing(self, cost: int) -> "Charge":
+        return self if cost == self.cost else Charge(self.key, self.item, self.kind, self.whose, cost)
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,7 @@ class Place:
     what: str
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """How full a window is: its span began at `start_ms`, `now_ms` is when it was looked at."""
 
     start_ms: int
