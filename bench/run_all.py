@@ -16,13 +16,15 @@ ROOT = Path(__file__).parent.parent
 COMMAND = "python -m bench.run_all --vllm-python VENV/bin/python --vllm-preload LIBTCMALLOC"
 GROUPS = {
     "Serving": (
-        *("ceilings", "work", "against_vllm", "over_http", "many_adapters", "prefix"),
+        *("ceilings", "work", "against_vllm", "over_http", "over_http_haproxy", "many_adapters", "prefix"),
         *("fairness", "hot_swap", "soak"),
     ),
     "Gateway": ("gateway", "limits"),
     "Training": ("validate", "training", "demo", "beside", "estimate", "overhead", "kills"),
 }
 SCRIPTS = tuple(script for scripts in GROUPS.values() for script in scripts)
+# Runs of a script with arguments of their own.
+VARIANTS = {"over_http_haproxy": ("over_http", "--mode", "haproxy")}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -142,7 +144,8 @@ def _plain(value: Any) -> str:
 def _run(script: str, options: argparse.Namespace, folder: Path) -> bool:
     if script == "against_vllm" and options.vllm_python is None:
         return True
-    command = [sys.executable, "-m", f"bench.{script}", "--home", str(options.home.absolute())]
+    module, *arguments = VARIANTS.get(script, (script,))
+    command = [sys.executable, "-m", f"bench.{module}", *arguments, "--home", str(options.home.absolute())]
     command += ["--threads", str(options.threads), "--json", str(folder / f"{script}.json")]
     command += ["--quick"] if options.quick else []
     if script == "against_vllm":

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -61,7 +62,22 @@ def test_a_script_measures_and_writes_what_it_found(script: str, tiny_base: Path
 def test_every_script_is_run_for_the_results():
     # Those with a cluster of their own take minutes.
     apart = {"over_http", "beside", "demo", "estimate", "overhead", "kills", "gateway", "limits"}
-    assert {*SCRIPTS, *apart} == set(run_all.SCRIPTS)
+    assert {*SCRIPTS, *apart, *run_all.VARIANTS} == set(run_all.SCRIPTS)
+
+
+def test_a_run_with_arguments_of_its_own_has_results_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **more: object) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    only = ["over_http", "over_http_haproxy"]
+    run_all.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md"), "--only", *only])
+    compat, haproxy = commands
+    assert compat[2] == haproxy[2] == "bench.over_http" and str(tmp_path / "over_http.json") in compat
+    assert haproxy[3:5] == ["--mode", "haproxy"] and str(tmp_path / "over_http_haproxy.json") in haproxy
 
 
 def test_what_limits_add_is_measured_on_the_real_application(tmp_path: Path):
