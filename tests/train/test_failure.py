@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tuneloom.errors import InvalidFile
+from tuneloom.store.base import StoreRefused
 from tuneloom.train.failure import NotFinite, describe
 
 
@@ -23,6 +24,14 @@ def test_each_end_has_one_code_and_a_sentence(tmp_path: Path, error: Exception, 
     described = describe(error, tmp_path)
     assert described.code == code
     assert described.message.endswith((".", "bad", "number", "odd"))
+
+
+def test_what_a_store_says_to_its_operator_is_in_the_log_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    described = describe(StoreRefused("Grant a role on the bucket `secret`."), tmp_path)
+    assert (described.code, "secret" in described.message) == ("store_unavailable", False)
+    assert "secret" in caplog.text
 
 
 def test_the_errors_cross_processes() -> None:

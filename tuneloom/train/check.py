@@ -18,6 +18,7 @@ from tuneloom.domain import File, JobError, JobSpec
 from tuneloom.errors import InvalidFile, Overloaded, TuneloomError
 from tuneloom.rows import InvalidRows, Scan
 from tuneloom.store import Store, open_store
+from tuneloom.store.base import StoreRefused
 from tuneloom.train.data import (
     MAX_CACHED_BYTES,
     TOO_FEW_TO_SPLIT,
@@ -28,6 +29,7 @@ from tuneloom.train.data import (
     save_tokens,
     tokens_name,
 )
+from tuneloom.train.failure import store_refused
 from tuneloom.train.folders import run_folder
 from tuneloom.train.planned import Lengths, Planned, plan_run
 from tuneloom.train.render import Renderer
@@ -207,6 +209,8 @@ def check_files(settings: Settings, store: Store, owner: str, spec: JobSpec, fol
     except Overloaded:
         # Nothing is wrong with the files: this process ends, and another one is started.
         raise
+    except StoreRefused as error:
+        return Report(error=store_refused(error))
     except TuneloomError as error:
         return Report(error=JobError(code=error.code or "server_error", message=error.message, param=error.param))
 

@@ -1,11 +1,15 @@
 """Why a run failed, in one true sentence. Maps exceptions to `JobError`s; catches none."""
 
 import errno
+import logging
 import shutil
 from pathlib import Path
 
 from tuneloom.domain import JobError
 from tuneloom.errors import TuneloomError
+from tuneloom.store.base import StoreRefused
+
+logger = logging.getLogger(__name__)
 
 FULL_DISK_BYTES = 64 << 20
 # Of safetensors and numpy, and of SQLite, which raise errors of their own.
@@ -35,6 +39,8 @@ class BaseUnreadable(TuneloomError):
 
 def describe(error: BaseException, home: Path) -> JobError:
     """The job error for what ended a run. `home` is the folder whose disk the run writes to."""
+    if isinstance(error, StoreRefused):
+        return store_refused(error)
     if isinstance(error, TuneloomError) and error.status != 503:
         return JobError(code=error.code or "server_error", message=error.message, param=error.param)
     if _is_disk_full(error, home):
@@ -47,6 +53,15 @@ def describe(error: BaseException, home: Path) -> JobError:
             message=f"The run needs more memory than there is, even with one row at a time. {_SMALLER}",
         )
     return JobError(code="internal_error", message=f"The run ended with {type(error).__name__}: {str(error)[:500]}")
+
+
+def store_refused(error: StoreRefused) -> JobError:
+    """The reason is for the operator and goes to the log: it names what an owner has no part in."""
+    logger.error("the store refuses this process: %s", error.message)
+    return JobError(
+        code="store_unavailable",
+        message="The server could not get at its store. Its operator finds why in the log; create the job again.",
+    )
 
 
 def worker_lost(restarts: int) -> JobError:
