@@ -7,14 +7,16 @@ import time
 import pytest
 
 from tests.serve import google as fake
-from tests.serve.conftest import eventually
+from tests.serve.conftest import eventually, make_service
 from tests.serve.google import PROJECT, Clock, Google, claims, id_token, make_people, private_key, sign, sign_in
+from tuneloom.config import Settings
 from tuneloom.errors import Overloaded, Unauthenticated
 from tuneloom.serve import firebase_keys
 from tuneloom.serve.firebase import open_http
 from tuneloom.serve.firebase_clock import GoogleClock
 from tuneloom.serve.firebase_keys import KeySet, parse_certificates
 from tuneloom.serve.firebase_tokens import Tokens
+from tuneloom.store import Store
 
 pytestmark = pytest.mark.anyio
 
@@ -120,6 +122,26 @@ async def test_five_minutes_of_skew_are_allowed_for_and_told(
         await sign_in(people, id_token(iat=now + 20))
     (record,) = [record for record in caplog.records if "clock" in record.message]
     assert "ahead of" in record.message if ahead_s > 0 else "behind" in record.message
+    assert people.warning() == record.message
+
+
+async def test_a_wrong_clock_is_told_by_readyz_once_it_is_known(
+    google: Google, settings: Settings, store: Store
+) -> None:
+    shift = Clock(0.0)
+    people = make_people(google, GoogleClock(lambda: time.time() + shift.now))
+    service = make_service(settings, store, people)
+    async with service.http() as http:
+        await sign_in(people, id_token())
+        assert (await http.get("/readyz")).json() == {"status": "ok"}
+    shift.now = 300.0
+    late = make_people(google, GoogleClock(lambda: time.time() + shift.now))
+    service = make_service(settings, store, late)
+    async with service.http() as http:
+        assert (await http.get("/readyz")).json() == {"status": "ok"}
+        await sign_in(late, id_token())
+        answer = await http.get("/readyz")
+    assert answer.status_code == 200 and "ahead of Google's" in answer.json()["warning"]
 
 
 @pytest.mark.parametrize("ahead_s, reason", [(7200, "has expired"), (-7200, "not valid yet")])

@@ -60,10 +60,11 @@ def _live(settings: Settings, state: ClusterState) -> dict[str, Any]:
     shown = {name: up.describe(app) for name, app in sorted(applications.items())}
     try:
         ready = httpx.get(f"{state.api_url}/readyz", timeout=READY_TIMEOUT_S, trust_env=False)
-        failing = ready.json().get("failing", [])
+        answer = ready.json()
+        failing = answer.get("failing", [])
     except (httpx.HTTPError, ValueError) as error:
         return {"applications": shown, "problem": f"the API does not answer ({type(error).__name__})"}
-    problem = f"no answer from: {', '.join(failing)}" if failing else None
+    problem = f"no answer from: {', '.join(failing)}" if failing else answer.get("warning")
     if others := cluster.intruders(settings.home, state):
         problem = f"process {min(others)} listens on port {state.port} too and gets a share of the requests; end it"
     return {"applications": shown, "running": True, "problem": problem}

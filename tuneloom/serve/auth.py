@@ -16,6 +16,10 @@ class SignIn(Protocol):
 
     async def authenticate(self, token: str, headers: Mapping[str, str]) -> Principal: ...
 
+    def warning(self) -> str | None:
+        """What is wrong and does not stop anybody yet."""
+        ...
+
 
 class Authentication:
     """ASGI: everything under `/v1/` needs a key, or the ID token of a person if people sign in.

@@ -31,6 +31,7 @@ class People:
 
     def __init__(self, settings: IdentitySettings, tokens: Tokens, users: Users | None, apps: Tokens | None) -> None:
         self._settings, self._tokens, self._users, self._apps = settings, tokens, users, apps
+        self.warning = tokens.warning
         self._admins = frozenset(name.casefold() if "@" in name else name for name in settings.admins)
         self._domains = frozenset(domain.casefold().removeprefix("@") for domain in settings.allowed_domains)
 

@@ -42,9 +42,15 @@ class GoogleClock:
         self.ahead_s = (sent_at + received_at) / 2 - date
         if abs(self.ahead_s - self._warned_s) > WARN_S:
             self._warned_s = self.ahead_s
-            if abs(self.ahead_s) > WARN_S:
-                outcome = "sign-in allows for it" if self.is_usable else "sign-in fails"
-                logger.warning("%s: %s. Set the clock of this machine (NTP).", self.describe(), outcome)
+            if warning := self.warning():
+                logger.warning("%s", warning)
+
+    def warning(self) -> str | None:
+        """What the operator should know of this machine's clock, once it is known to be wrong."""
+        if abs(self.ahead_s) <= WARN_S:
+            return None
+        outcome = "sign-in allows for it" if self.is_usable else "sign-in fails"
+        return f"{self.describe()}: {outcome}. Set the clock of this machine (NTP)."
 
     @property
     def is_usable(self) -> bool:

@@ -41,6 +41,7 @@ class Tokens:
         code: str = "invalid_id_token",
     ) -> None:
         self._keys, self._clock, self._leeway_s = keys, clock, leeway_s
+        self.warning = clock.warning
         self._issuer, self._audience, self._times = issuer, audience, times
         self._what, self._code = what, code
 

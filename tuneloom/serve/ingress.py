@@ -206,7 +206,8 @@ class _Service:
             return JSONResponse({"status": "degraded", "failing": failing})
         if failing:
             return JSONResponse({"status": "not ready", "failing": failing}, 503, {"retry-after": "1"})
-        return JSONResponse({"status": "ok"})
+        warning = self._context.people.warning() if self._context.people else None
+        return JSONResponse({"status": "ok", **({"warning": warning} if warning else {})})
 
 
 async def _read_call(dialect: Dialect, request: Request) -> Call:
