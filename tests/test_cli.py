@@ -462,6 +462,30 @@ def test_env_prints_lines_for_a_shell(shell: Shell, api: list[str]):
     assert "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:1" in shell.out and "RAY_AUTH_TOKEN_PATH" in shell.out
 
 
+def test_a_table_that_leaves_adapters_out_says_so(shell: Shell, api: list[str], monkeypatch: pytest.MonkeyPatch):
+    from tuneloom.engine.base import AdapterState
+    from tuneloom.serve.api_bases import show_adapter
+
+    adapters = {"data": [show_adapter("r1", AdapterState("a" * 64, "disk", 4, 9, 0, False, 5.0), [])], "has_more": True}
+    base = {"id": "o/m", "problem": None, "pins": [], "replicas": [{"id": "r1", "status": "error", "error": {}}]}
+    base["replicas"][0]["error"]["message"] = "Silent."
+
+    class Answers:
+        def __init__(self, settings: config.Settings) -> None:
+            pass
+
+        def get(self, path: str) -> dict:
+            return json.loads(json.dumps(adapters if path.endswith("/adapters") else {"data": [base]}))
+
+    monkeypatch.setattr("tuneloom.cli.local.Api", Answers)
+    assert shell("status", "--bases") == 0
+    assert "only the 1 used last; more by GET /v1/tuneloom/bases/o/m/adapters" in shell.out and "Silent." in shell.out
+    adapters["has_more"] = False
+    assert shell("status", "--bases") == 0 and "only the" not in shell.out
+    base["replicas"] = []
+    assert shell("status", "--bases") == 0 and "no replica runs" in shell.out
+
+
 def test_the_tables_of_operators_hold_what_the_api_tells():
     from tuneloom.cli.report import adapter_rows, pin_rows, replica_rows, tier_rows
     from tuneloom.engine.base import AdapterState, EngineStats, TierStats

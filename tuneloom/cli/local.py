@@ -107,7 +107,8 @@ def _print_bases(settings: "Settings", *, as_json: bool) -> None:
     api = Api(settings)
     shown = api.get("/v1/tuneloom/bases")["data"]
     for base in shown:
-        base["adapters"] = api.get(f"/v1/tuneloom/bases/{base['id']}/adapters")["data"] if base["replicas"] else []
+        known = api.get(f"/v1/tuneloom/bases/{base['id']}/adapters") if base["replicas"] else {}
+        base |= {"adapters": known.get("data", []), "has_more_adapters": known.get("has_more", False)}
     if as_json:
         print_json(shown)
         return
@@ -117,6 +118,9 @@ def _print_bases(settings: "Settings", *, as_json: bool) -> None:
             typer.echo("no replica runs; one starts when it is asked for")
         for header, rows in (replica_rows(base), tier_rows(base), adapter_rows(base), pin_rows(base)):
             print_rows(header, rows)
+        if base["has_more_adapters"]:
+            count = len(base["adapters"])
+            typer.echo(f"only the {count} used last; more by GET /v1/tuneloom/bases/{base['id']}/adapters")
 
 
 def _unused(parts: Iterable[str]) -> str:
