@@ -4,6 +4,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from tuneloom.domain import AdapterRef
+from tuneloom.engine.base import AdapterState, TierStats
 from tuneloom.engine.lora import HostAdapter
 from tuneloom.errors import TuneloomError
 
@@ -22,6 +23,33 @@ class Counters:
     loads: int = 0
     load_failures: int = 0
     load_s: float = 0.0
+
+    def slot_tier(self, count: int, limit: int, slot_bytes: int) -> TierStats:
+        """`count` of `limit` slots are taken, each of `slot_bytes`."""
+        return TierStats(
+            count=count,
+            size_bytes=count * slot_bytes,
+            limit_bytes=limit * slot_bytes,
+            hits=self.slot_hits,
+            misses=self.slot_fills,
+            fills=self.slot_fills,
+            evictions=self.slot_evictions,
+            failures=0,
+            fill_s=self.slot_fill_s,
+        )
+
+    def host_tier(self, count: int, size_bytes: int, limit_bytes: int) -> TierStats:
+        return TierStats(
+            count=count,
+            size_bytes=size_bytes,
+            limit_bytes=limit_bytes,
+            hits=self.host_hits,
+            misses=self.host_misses,
+            fills=self.loads - self.load_failures,
+            evictions=self.host_evictions,
+            failures=self.load_failures,
+            fill_s=self.load_s,
+        )
 
 
 @dataclass
@@ -54,6 +82,17 @@ class Entry:
         if self.loading is not None:
             return "loading"
         return "none" if self.failure is None else "failed"
+
+    def state(self) -> AdapterState:
+        return AdapterState(
+            sha256=self.ref.sha256,
+            tier=self.tier,
+            rank=self.ref.rank,
+            size_bytes=self.host.size_bytes if self.host else self.ref.size_bytes,
+            in_use=self.num_running,
+            is_pinned=self.is_pinned,
+            last_used_at=self.last_used_at,
+        )
 
     def count(self) -> tuple[int, int, int]:
         """Bytes in host memory, bytes there that only wait for a slot, bytes on their way."""

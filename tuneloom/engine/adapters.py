@@ -1,28 +1,24 @@
 """Adapters in tiers: slots on the device over host memory over whatever `load` reads. No tensors of the model.
 
-Loads run in threads of their own, one per adapter at a time. Slots are taken and given back by the step thread only;
-everything else may be called from any thread. Nothing that a sequence uses or that is pinned is evicted, and what a
-sequence waits for goes last. No call but `states` takes longer the more adapters are known.
+Slots are taken and given back by the step thread only; everything else may be called from any thread. Nothing that a
+sequence uses or that is pinned is evicted, and what a sequence waits for goes last. No call but `states` takes longer
+the more adapters are known.
 """
 
-import logging
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.adapter_entry import Counters, Entry, copy_of, finish
+from tuneloom.engine.adapter_loads import Loads
 from tuneloom.engine.base import AdapterState, TierStats
 from tuneloom.engine.lora import HostAdapter
-from tuneloom.errors import Conflict, Overloaded, TuneloomError
+from tuneloom.errors import Conflict, Overloaded
 
-logger = logging.getLogger(__name__)
-
-# A failure that may pass by itself, such as that of a network, is remembered no longer than this.
-_PASSING_FAILURE_S = 1.0
 _NOTHING = HostAdapter(0, 0, {})
 
 
@@ -51,21 +47,28 @@ class AdapterCache:
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
-        # All three: least recently used first.
+        # All: least recently used first.
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._in_host: OrderedDict[str, Entry] = OrderedDict()
         self._in_slot: OrderedDict[str, Entry] = OrderedDict()
-        self._failed: OrderedDict[str, Entry] = OrderedDict()
-        # Loads that wait for room in host memory, first come first.
-        self._deferred: OrderedDict[str, Entry] = OrderedDict()
         self._num_pinned = 0
         self._host_used = self._host_waiting = self._host_coming = 0
         self._slot_bytes = self.slot_bytes()
         self._free_slots = list(range(self.num_slots, 0, -1))
         # Free ones that still hold on to a copy in host memory.
         self._left_slots = set[int]()
-        self._pool = ThreadPoolExecutor(self.num_loaders, thread_name_prefix="adapter-load")
-        self._is_closed = False
+        self._loads = Loads(
+            self._lock,
+            self.counters,
+            load=self.load,
+            has_room=self._has_room,
+            begun=self._recount,
+            ended=self._loaded,
+            wake=self.wake,
+            clock=self.clock,
+            num_loaders=self.num_loaders,
+            failure_s=self.failure_s,
+        )
 
     def expect(self, ref: AdapterRef) -> None:
         """A sequence waits for `ref`: load it, and keep it. Pair with `forget` or `acquire`."""
@@ -78,7 +81,7 @@ class AdapterCache:
                     self.counters.host_misses += 1
             entry.num_waiting += 1
             self._recount(entry)
-            self._start_load(entry)
+            self._loads.start(entry)
 
     def forget(self, ref: AdapterRef) -> None:
         """A sequence that waited for `ref` has gone."""
@@ -121,7 +124,7 @@ class AdapterCache:
             if host is None:
                 if entry.failure is not None:
                     raise copy_of(entry.failure)
-                self._start_load(entry)
+                self._loads.start(entry)
                 return None
             slot = self._take_slot()
             if slot is None:
@@ -143,10 +146,10 @@ class AdapterCache:
     def prefetch(self, ref: AdapterRef) -> "Future[None]":
         """Load into host memory; the future has the outcome."""
         with self._lock:
-            if self._is_closed:
+            if self._loads.is_closed:
                 raise Overloaded("The engine is closing.", retry_after_s=1)
             entry = self._entry(ref)
-            self._start_load(entry, is_urgent=True)
+            self._loads.start(entry, is_urgent=True)
             if entry.loading is not None:
                 return entry.loading
             done: Future[None] = Future()
@@ -160,7 +163,7 @@ class AdapterCache:
             if entry is not None:
                 self._set_pinned(entry, False)
                 entry.evict_when_free = True
-                self._forget_failure(entry)
+                self._loads.forget_failure(entry)
                 self._settle(entry)
 
     def pin(self, ref: AdapterRef, is_pinned: bool) -> None:
@@ -184,7 +187,7 @@ class AdapterCache:
                     "the rest. Unpin another, or raise `adapter_slots`."
                 )
             self._set_pinned(entry, True)
-            self._start_load(entry)
+            self._loads.start(entry)
 
     def expire(self) -> None:
         """Let adapters go that nobody used for `idle_s`. Cheap; the step thread calls it often."""
@@ -197,46 +200,15 @@ class AdapterCache:
 
     def states(self) -> list[AdapterState]:
         with self._lock:
-            return [
-                AdapterState(
-                    sha256=entry.ref.sha256,
-                    tier=entry.tier,
-                    rank=entry.ref.rank,
-                    size_bytes=entry.host.size_bytes if entry.host else entry.ref.size_bytes,
-                    in_use=entry.num_running,
-                    is_pinned=entry.is_pinned,
-                    last_used_at=entry.last_used_at,
-                )
-                for entry in self._entries.values()
-            ]
+            return [entry.state() for entry in self._entries.values()]
 
     def tiers(self) -> dict[str, TierStats]:
         """The numbers of `slot` and `host`."""
         with self._lock:
             counters, slot_bytes = self.counters, self._slot_bytes
             return {
-                "slot": TierStats(
-                    count=len(self._in_slot),
-                    size_bytes=len(self._in_slot) * slot_bytes,
-                    limit_bytes=self.num_slots * slot_bytes,
-                    hits=counters.slot_hits,
-                    misses=counters.slot_fills,
-                    fills=counters.slot_fills,
-                    evictions=counters.slot_evictions,
-                    failures=0,
-                    fill_s=counters.slot_fill_s,
-                ),
-                "host": TierStats(
-                    count=len(self._in_host),
-                    size_bytes=self._host_used,
-                    limit_bytes=self.host_bytes,
-                    hits=counters.host_hits,
-                    misses=counters.host_misses,
-                    fills=counters.loads - counters.load_failures,
-                    evictions=counters.host_evictions,
-                    failures=counters.load_failures,
-                    fill_s=counters.load_s,
-                ),
+                "slot": counters.slot_tier(len(self._in_slot), self.num_slots, slot_bytes),
+                "host": counters.host_tier(len(self._in_host), self._host_used, self.host_bytes),
             }
 
     def host_bytes_used(self) -> int:
@@ -245,11 +217,7 @@ class AdapterCache:
     def close(self) -> None:
         """Stop loading; a load that is under way ends on its own and is dropped."""
         with self._lock:
-            self._is_closed = True
-            for entry in self._entries.values():
-                if entry.loading is not None:
-                    finish(entry.loading, Overloaded("The engine is closing.", retry_after_s=1))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+            self._loads.close(self._entries.values())
 
     def _end_idle(self, oldest: float) -> None:
         idle = []
@@ -312,98 +280,17 @@ class AdapterCache:
         self._host_coming += coming - old_coming
         entry.counted = (used, waiting, coming)
 
-    def _start_load(self, entry: Entry, *, is_urgent: bool = False) -> None:
-        """Begin a load unless it runs or failed a moment ago; later, if it would overfill host memory with adapters
-        that wait for slots.
-        """
-        if entry.host is not None or entry.slot is not None or self._is_closed:
-            return
-        entry.is_urgent = entry.is_urgent or is_urgent
-        if entry.loading is not None:
-            return
-        if entry.failure is not None:
-            if self._remembers(entry):
-                return
-            self._forget_failure(entry)
-        if not is_urgent and not self._has_room(entry):
-            self._deferred.setdefault(entry.ref.sha256, entry)
-            return
-        self._deferred.pop(entry.ref.sha256, None)
-        entry.loading = Future()
-        self._recount(entry)
-        self._pool.submit(self._load, entry, entry.loading)
-
     def _has_room(self, entry: Entry) -> bool:
         busy = self._host_waiting + self._host_coming
         return not busy or busy + entry.ref.size_bytes <= self.host_bytes
 
-    def _start_deferred(self) -> None:
-        while self._deferred:
-            entry = next(iter(self._deferred.values()))
-            if entry.is_needed and not self._has_room(entry):
-                return
-            del self._deferred[entry.ref.sha256]
-            if entry.is_needed:
-                self._start_load(entry)
-
-    def _load(self, entry: Entry, done: "Future[None]") -> None:
-        with self._lock:
-            if not (entry.is_needed or entry.is_urgent):
-                # Whoever asked has gone while the load waited for its thread.
-                self._end_load(entry)
-                return
-        started = time.monotonic()
-        host, failure = None, None
-        try:
-            host = self.load(entry.ref)
-        except TuneloomError as error:
-            failure = error
-        except Exception:
-            logger.exception("adapter load failed: %s", entry.ref.sha256)
-            message = "The adapter could not be read. Retry in a moment."
-            failure = Overloaded(message, retry_after_s=_PASSING_FAILURE_S)
-        with self._lock:
-            self.counters.loads += 1
-            self.counters.load_s += time.monotonic() - started
-            self._end_load(entry, host, failure)
-        finish(done, failure)
-        self.wake()
-
-    def _end_load(self, entry: Entry, host: HostAdapter | None = None, failure: TuneloomError | None = None) -> None:
-        sha256 = entry.ref.sha256
-        entry.loading, entry.is_urgent = None, False
-        if host is not None and not self._is_closed:
+    def _loaded(self, entry: Entry, host: HostAdapter | None) -> None:
+        """A load has ended, without a result if it failed."""
+        if host is not None:
             entry.host = host
-            self._in_host[sha256] = entry
-        if failure is not None:
-            entry.failure, entry.failed_at = failure, self.clock()
-            self._failed[sha256] = entry
-            self.counters.load_failures += 1
+            self._in_host[entry.ref.sha256] = entry
         self._touch(entry)
         self._settle(entry)
-        self._forget_failures()
-
-    def _remembers(self, entry: Entry) -> bool:
-        assert entry.failure is not None
-        is_lasting = entry.failure.status < 500
-        memory_s = self.failure_s if is_lasting else min(self.failure_s, _PASSING_FAILURE_S)
-        return self.clock() - entry.failed_at < memory_s
-
-    def _forget_failure(self, entry: Entry) -> None:
-        entry.failure = None
-        self._failed.pop(entry.ref.sha256, None)
-
-    def _forget_failures(self) -> None:
-        oldest = self.clock() - self.failure_s
-        old = []
-        for entry in self._failed.values():
-            if entry.failed_at > oldest:
-                break
-            if not entry.is_needed:
-                old.append(entry)
-        for entry in old:
-            self._forget_failure(entry)
-            self._settle(entry)
 
     def _take_slot(self) -> int | None:
         if self._free_slots:
@@ -442,13 +329,13 @@ class AdapterCache:
                 self._leave_host(entry)
         self._drop_if_empty(entry)
         self._make_room()
-        self._start_deferred()
+        self._loads.start_deferred()
 
     def _drop_if_empty(self, entry: Entry) -> None:
         is_empty = entry.host is None and entry.slot is None and entry.loading is None and entry.failure is None
         if is_empty and not entry.is_needed:
             self._entries.pop(entry.ref.sha256, None)
-            self._deferred.pop(entry.ref.sha256, None)
+            self._loads.forget(entry)
 
     def _make_room(self) -> None:
         """Drop the least recently used host copies beyond the limit; not those that somebody needs."""
