@@ -36,15 +36,16 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 def routes(context: ApiContext) -> list[Route]:
     checks = ChecksApi(context)
+    # A router tries them one after another, so what is asked most comes first.
     apis = (
+        ModelsApi(context),
+        JobsApi(context),
         FilesApi(context),
         RowsApi(context),
         DraftsApi(context),
         UploadsApi(context),
         checks,
         EstimateApi(context, checks),
-        JobsApi(context),
-        ModelsApi(context),
         KeysApi(context),
         AdminKeysApi(context),
         AuditApi(context),

@@ -95,9 +95,9 @@ def make_app(context: Context) -> Starlette:
             Route("/readyz", service.ready),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completion, methods=["POST"]),
+            *control_routes(control),
             *BasesApi(control, context.bases).routes(),
             *OwnLimitsApi(limits).routes(),
-            *control_routes(control),
             # A model's name may hold slashes, so these come after everything that has a URL of its own.
             Route("/v1/{model:path}/chat/completions", chat, methods=["POST"]),
             Route("/v1/{model:path}/completions", completion, methods=["POST"]),
