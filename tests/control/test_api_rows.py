@@ -193,6 +193,15 @@ def test_an_export_uploaded_again_is_the_same_rows(api: Api, kind: str):
         assert answer.content == lines(*rows)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_an_export_keeps_the_order_of_keys(api: Api, kind: str):
+    rows = [{"output": f"=1+{n}", "instruction": "\ufeff007", "input": "" if n else "'1\r\n"} for n in range(3)]
+    id = api.upload(lines(*rows))
+    answer = api.get(f"/v1/tuneloom/files/{id}/export", params={"format": kind})
+    again = content(api, api.upload(answer.content, name=f"again.{kind}"))
+    assert again == rows and [list(row) for row in again] == [list(row) for row in rows]
+
+
 def test_an_export_that_would_lose_something_is_refused(api: Api):
     id = api.upload(lines({"instruction": "a", "output": "b"}, {"instruction": "a", "input": "", "output": "b"}))
     assert_error(api.get(f"/v1/tuneloom/files/{id}/export?format=csv"), 400, "format", "Row 2")

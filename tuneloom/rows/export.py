@@ -121,7 +121,8 @@ class _Columns:
         for name in data:
             if name not in known:
                 raise Wrong(f"CSV has no column for {quoted(name)} beside {table.name}.")
-        for name in known:
+        # In the order of the rows themselves, so that they come back with it.
+        for name in (*data, *(name for name in known if name not in data)):
             if name not in table.json:
                 self._add_string(number, name, data)
             elif name in data and name not in self.names:

@@ -49,6 +49,19 @@ def test_provider_gets_prompt_schema_temperature_and_key(open_desk: Open, kind: 
     assert "m-2" in (ask.path if kind == "gemini" else ask.body["model"])
 
 
+def test_drafted_rows_with_and_without_an_input_go_through_csv(open_desk: Open):
+    rows = [{**row("instruction", n), "input": "" if n % 2 else f"the {n}th"} for n in range(10)]
+    del rows[1]["input"]
+    desk = open_desk(lambda ask: reply(rows))
+    made = desk.made(rows=10)
+    kept = desk.rows(made["file_id"])
+    assert [each["input"] for each in kept] == [each.get("input", "") for each in rows]
+    for kind in ("csv", "json"):
+        answer = desk.api.get(f"/v1/tuneloom/files/{made['file_id']}/export?format={kind}")
+        assert answer.status_code == 200
+        assert desk.rows(desk.api.upload(answer.content, name=f"x.{kind}")) == kept
+
+
 def test_provenance_is_read_from_the_draft_and_from_the_file(open_desk: Open):
     desk = open_desk()
     made = desk.made(rows=10, drafters=2, seed=3)
@@ -69,7 +82,7 @@ def test_provenance_is_read_from_the_draft_and_from_the_file(open_desk: Open):
 
 def test_fifty_drafters_make_a_thousand_rows(open_desk: Open):
     desk = open_desk(Rows("chat"))
-    made = desk.made(format="chat", rows=1000, drafters=50)
+    made = desk.run(desk.create(format="chat", rows=1000, drafters=50)["id"], timeout_s=120)
     assert made["rows"] == 1000 and not made["partial"]
     texts = {json.dumps(data) for data in desk.rows(made["file_id"])}
     assert len(texts) == 1000

@@ -13,7 +13,7 @@ from tuneloom.control.drafting.replies import read_reply
 from tuneloom.domain import DraftFormat
 from tuneloom.rows import Scan
 
-QA = {"instruction": "a", "output": "b"}
+QA = {"instruction": "a", "input": "", "output": "b"}
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 PREFERENCE = {
     "input": {"messages": [{"role": "user", "content": "a"}]},

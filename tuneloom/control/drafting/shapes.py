@@ -42,8 +42,9 @@ def to_row(format_: DraftFormat, fields: dict[str, Any]) -> dict[str, Any]:
             "preferred_output": [{"role": "assistant", "content": fields["chosen"]}],
             "non_preferred_output": [{"role": "assistant", "content": fields["rejected"]}],
         }
-    if format_ == "instruction" and not fields.get("input"):
-        return {"instruction": fields["instruction"], "output": fields["output"]}
+    if format_ == "instruction":
+        # All rows have it, as CSV cannot tell an empty one from none.
+        return {"instruction": fields["instruction"], "input": fields.get("input", ""), "output": fields["output"]}
     return fields
 
 
@@ -65,7 +66,7 @@ def text_of(row: dict[str, Any]) -> str:
 
 def _texts(value: Any) -> list[str]:
     if isinstance(value, str):
-        return [value]
+        return [value] if value else []
     if isinstance(value, list):
         return [text for item in value for text in _texts(item)]
     if isinstance(value, dict):
