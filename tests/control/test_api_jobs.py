@@ -104,6 +104,10 @@ def test_an_alias_is_trained_on_its_base_and_shown_as_it_was_asked_for(api):
         ({"metadata": {"a": 1}}, "metadata.a", "string"),
         ({"metadata": {"a": "x" * 513}}, "metadata.a", "512"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "16"),
+        ({"tuneloom": {"packing": "yes"}}, "tuneloom.packing", "'auto', true or false"),
+        ({"tuneloom": {"packing": 2}}, "tuneloom.packing", "'auto', true or false"),
+        ({"tuneloom": {"target_modules": []}}, "tuneloom.target_modules", "is empty"),
+        ({"tuneloom": {"modules_to_save": ["lm_head"]}}, "tuneloom.modules_to_save", "lm_head, and adapters with"),
         ({"tuneloom": {"rank": 500}}, "tuneloom.rank", ""),
         ({"tuneloom": {"rank": 100}}, "tuneloom.rank", "64"),
         ({"tuneloom": {"ranks": 5}}, "tuneloom.ranks", "Unknown"),
@@ -430,3 +434,11 @@ def test_many_jobs_may_be_created_on_one_file_at_once(api):
         answers = list(pool.map(lambda seed: api.post(JOBS, json={**body, "seed": seed}), range(8)))
     assert [answer.status_code for answer in answers] == [200] * 8
     assert len({answer.json()["id"] for answer in answers}) == 8
+
+
+@pytest.mark.parametrize("name", ["alpha", "max_grad_norm", "early_stopping_min_delta", "checkpoint_every_minutes"])
+@pytest.mark.parametrize("number", ["1e999", "NaN", "Infinity"])
+def test_a_setting_that_is_no_finite_number_is_named(api, name, number):
+    body = f'{{"model": "{BASE}", "training_file": "{api.upload()}", "tuneloom": {{"{name}": {number}}}}}'
+    answer = api.post(JOBS, content=body, headers={"content-type": "application/json"})
+    assert_error(answer, 400, f"tuneloom.{name}", "")

@@ -194,6 +194,9 @@ def test_the_cores_of_one_machine_are_counted_and_those_of_many_are_what_they_cl
 
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 7.5, "GPU": 2.0})
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    left = {str(number): {"memory": 1e9 * number} for number in range(3)}
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: left)
     found = ray_room()
     assert (found.free_cpus, found.free_gpus, found.cores, found.node_cores) == expected
-    assert (found.free_memory_bytes is None) == (len(nodes) > 1)
+    assert found.keeps_memory == (len(nodes) > 1)
+    assert not found.keeps_memory or found.free_memory_bytes == 2_000_000_000, "the most that one node has left"

@@ -116,6 +116,17 @@ def test_a_job_that_does_not_fit_beside_the_others_holds_up_smaller_ones_behind_
     assert reasons(order, held, ONE_THREAD) == [None, "free cores: it needs 1, 2 jobs run"]
 
 
+def test_what_ray_keeps_for_a_running_job_on_several_nodes_is_not_counted_twice():
+    order = [job("bob", -2, estimate=estimated(memory_bytes=5 << 30))]
+    load = runs("ada", estimate=estimated(memory_bytes=4 << 30))
+    room = Room(free_cpus=8, free_gpus=0, cores=8, node_cores=4, free_memory_bytes=6 << 30, keeps_memory=True)
+    assert reasons(order, load, ONE_THREAD, room) == [None]
+    starting = Load([Running(load.running[0].job, is_begun=False)], {}, {})
+    assert reasons(order, starting, ONE_THREAD, room) == [
+        "free memory: it needs 5.4 GB, more than is left beside 1 job"
+    ]
+
+
 def test_with_nothing_running_the_first_job_starts_whatever_is_free():
     nothing = Room(free_cpus=0, free_gpus=0, cores=0, node_cores=0, free_memory_bytes=0)
     order = [job("ada", estimate=estimated(memory_bytes=1 << 40)), job("bob")]

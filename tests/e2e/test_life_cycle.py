@@ -81,6 +81,35 @@ def test_a_file_becomes_a_job_becomes_a_model_that_answers(home: Home, client: o
     assert [found.id for found in client.fine_tuning.jobs.list(metadata={"team": "blue"})] == [job.id]
 
 
+def test_preferences_become_a_model_that_has_them(home: Home, client: openai.OpenAI) -> None:
+    rows = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"rain sun {number}"}]},
+            "preferred_output": [{"role": "assistant", "content": "serious rain"}],
+            "non_preferred_output": [{"role": "assistant", "content": "satire rain"}],
+        }
+        for number in range(24)
+    ]
+    file = client.files.create(file=("pairs.jsonl", "\n".join(map(json.dumps, rows)).encode()), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=file.id,
+        suffix="prefers",
+        method={"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 3, "batch_size": 4, "beta": 0.1}}},
+        extra_body={"tuneloom": {"learning_rate": 5e-3, "rank": 8}},
+    )
+
+    done = wait_for_job(client, job.id, "succeeded")
+
+    steps = [event.data for event in all_events(client, job.id) if event.type == "metrics"]
+    assert [step["step"] for step in steps] == list(range(1, 19))
+    assert steps[0]["train_loss"] == pytest.approx(0.693, abs=0.01) and steps[-1]["train_loss"] < 0.3
+    assert steps[-1]["train_reward_margin"] > 1
+    assert done.method.dpo.hyperparameters.beta == 0.1
+    assert any("The engine agrees with the trainer" in event.message for event in all_events(client, job.id))
+    assert ask(client, "prefers") == ask(client, done.fine_tuned_model) != ask(client, BASE)
+
+
 def test_a_checkpoint_answers_while_its_job_still_runs(home: Home, client: openai.OpenAI) -> None:
     job = start_job(client, rows_jsonl(100), suffix="live", epochs=40, checkpoint_every_steps=10)
 

@@ -150,3 +150,11 @@ def test_a_package_that_is_gone_by_then_is_told(lab: Lab):
 def test_a_job_without_projects_imports_nothing(lab: Lab, wandb: ModuleType):
     assert run(lab, lab.add_job().id) == "published"
     assert wandb.calls == []
+
+
+def test_runs_that_are_kept_offline_outlive_the_job(lab: Lab, wandb: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    job = add_job(lab, WandbIntegration(project="p"))
+    assert run(lab, job.id) == "published"
+    assert wandb.calls[0][1]["dir"] == str(lab.settings.home)

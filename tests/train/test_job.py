@@ -6,7 +6,9 @@ import threading
 
 import pytest
 
-from tuneloom.config import Settings
+from tests.train.conftest import Lab
+from tuneloom.config import Settings, TrainSettings
+from tuneloom.domain import Estimate
 from tuneloom.train import job
 
 CODE = """
@@ -39,7 +41,7 @@ def test_a_signal_in_the_wait_for_a_run_does_not_make_it_look_ended(tmp_path, mo
     release = threading.Event()
     monkeypatch.setattr(job, "fit", lambda *_: release.wait(60))
     before = signal.signal(signal.SIGUSR1, told)
-    run = job._Run(Settings(home=tmp_path), "ftjob-1", 1)
+    run = job._Run(Settings(home=tmp_path), "ftjob-1", 1, {"CPU": 1})
     try:
         run.start()
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
@@ -50,3 +52,23 @@ def test_a_signal_in_the_wait_for_a_run_does_not_make_it_look_ended(tmp_path, mo
         signal.signal(signal.SIGUSR1, before)
         release.set()
     assert run.join(30)
+
+
+@pytest.mark.parametrize(
+    ("train", "memory", "expected"),
+    [
+        (TrainSettings(), [8e9], {"CPU": 1}),
+        (TrainSettings(num_cpus=2), [8e9, 16e9], {"CPU": 2, "memory": 9e9}),
+        (TrainSettings(), [8e9, 4e9], {"CPU": 1, "memory": 8e9}),
+        (TrainSettings(num_gpus=1), [8e9, 16e9], {"CPU": 1, "GPU": 1}),
+    ],
+    ids=["one node", "several", "none has enough", "a gpu"],
+)
+def test_ray_keeps_memory_for_a_worker_where_there_are_several_nodes(lab: Lab, monkeypatch, train, memory, expected):
+    import ray
+
+    nodes = [{"Alive": True, "Resources": {"memory": size}} for size in memory]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"memory": 1e12}}])
+    what = {"tokens": 1, "steps": 1, "seconds": 1, "seconds_low": 1, "seconds_high": 1, "based_on": "nothing"}
+    asked = lab.change_job(lab.add_job().id, estimate=Estimate(memory_bytes=9_000_000_000, **what))
+    assert job.resources_of(train, asked) == expected

@@ -193,3 +193,28 @@ def test_bf16_needs_no_autocast_and_learns_like_fp32(base: Base, tokens: Tokens,
     assert trainer.model.dtype == torch.bfloat16
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     np.testing.assert_allclose(log.losses, exact, atol=0.15)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_fp16_learns_like_fp32_by_losses_that_are_scaled(
+    base: Base, tokens: Tokens, tmp_path: Path, quantization: str
+) -> None:
+    exact = train(base, plan_for(base, tokens, quantization=quantization), tokens, tmp_path / "a")[1].losses
+    plan = plan_for(base, tokens, precision="fp16", quantization=quantization)
+    trainer, log = trainer_for(base, plan, tokens, tmp_path / "b")
+    trainer.learn(None)
+    assert trainer.model.dtype == torch.float16
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    print(quantization, np.abs(np.array(log.losses) - exact).max(), trainer._scale.value)
+    np.testing.assert_allclose(log.losses, exact, atol=0.02)
+
+
+def test_layers_of_unknown_form_are_cast_to_fp16(
+    base: Base, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuneloom.train import lora
+
+    exact = train(base, plan_for(base, tokens), tokens, tmp_path / "a")[1].losses
+    monkeypatch.setattr(lora, "speed_up", lambda model: False)
+    _, log = train(base, plan_for(base, tokens, precision="fp16"), tokens, tmp_path / "b")
+    np.testing.assert_allclose(log.losses, exact, atol=0.02)

@@ -68,7 +68,7 @@ def test_every_option_is_told_with_its_value_and_reason() -> None:
     told = {setting.name: setting.value for setting in made.settings}
     # These are told elsewhere: in what they resolve to, with the data, or with the job.
     apart = {"preset", "long_rows", "validation_share", "checkpoint_every_steps", "checkpoint_every_minutes"}
-    assert TrainOptions.model_fields.keys() - apart - {"warm_start"} <= told.keys()
+    assert TrainOptions.model_fields.keys() - apart - {"warm_start", "modules_to_save"} <= told.keys()
     assert told["evaluate_every_steps"] == "each epoch" and told["target_modules"] == "all linear layers"
     assert all(setting.reason for setting in made.settings)
     text = settings_text(made.settings)

@@ -18,7 +18,14 @@ class TrainSettings(Section):
     )
     max_losses: int = Field(3, ge=0, description="times an attempt may be lost before the job fails")
     num_cpus: float = Field(1, ge=0)
-    num_gpus: float = Field(0, ge=0)
+    num_gpus: float = Field(
+        0, ge=0, le=1, description="of a worker: a GPU, or the part of one that Ray reserves; 0: CPUs"
+    )
+    workers: int = Field(
+        1,
+        ge=1,
+        description="processes that share the steps of a job, each with its own `num_cpus`, `num_gpus`, `threads`",
+    )
     threads: int = Field(0, ge=0, description="0: all cores")
     niceness: int = Field(10, ge=0, le=19, description="how far training steps back behind serving on the same cores")
     scheduling: Literal["nice", "batch", "idle"] = Field(
@@ -47,7 +54,7 @@ class TrainSettings(Section):
 
     def places_on(self, cores: int) -> int:
         """Jobs that such a machine runs side by side without GPUs, where nothing else limits them."""
-        return self.max_running or max(1, cores // self.cores_of(cores))
+        return self.max_running or max(1, cores // (self.cores_of(cores) * self.workers))
 
 
 class ControlSettings(Section):

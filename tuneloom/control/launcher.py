@@ -42,8 +42,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class Room:
-    """What a cluster has for attempts. `cores` are those of all its nodes, `node_cores` those of the largest. Memory is
-    that of the one host, None where there are several.
+    """What a cluster has for attempts. `cores` are those of all its nodes, `node_cores` those of the largest.
+
+    Memory is what the one host has free. Of several nodes it is the most that Ray has left on one of them; it
+    `keeps_memory` for attempts then, all that was estimated of them, from their start.
     """
 
     free_cpus: float
@@ -51,6 +53,7 @@ class Room:
     cores: int
     node_cores: int
     free_memory_bytes: int | None = None
+    keeps_memory: bool = False
 
 
 class Launcher(Protocol):
@@ -191,12 +194,16 @@ def ray_jobs_client(address: str, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
 def ray_room() -> Room:
     """What the Ray cluster around this process has."""
     import ray
+    from ray._private.state import available_resources_per_node
 
     free = ray.available_resources()
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     gives = {"free_cpus": free.get("CPU", 0.0), "free_gpus": free.get("GPU", 0.0)}
     if len(nodes) > 1:
-        return Room(**gives, cores=sum(nodes), node_cores=max(nodes))
+        left = [int(node.get("memory", 0)) for node in available_resources_per_node().values()]
+        return Room(
+            **gives, cores=sum(nodes), node_cores=max(nodes), free_memory_bytes=max(left, default=0), keeps_memory=True
+        )
     # A local cluster claims more CPUs than its machine has, so that nothing waits for bookkeeping.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Room(**gives, cores=cores, node_cores=cores, free_memory_bytes=_free_memory())

@@ -144,27 +144,39 @@ def _lack(job: Job, running: Sequence[Running], settings: TrainSettings, room: R
         return reason
     if settings.num_gpus or room.free_memory_bytes is None or job.estimate is None:
         return None
-    # Those that run may still grow to what was estimated of them.
-    growing = sum(max(0, r.job.estimate.memory_bytes - r.memory_bytes) for r in running if r.job.estimate)
-    if job.estimate.memory_bytes > room.free_memory_bytes - growing:
-        needed = job.estimate.memory_bytes / 1e9
-        return f"free memory: it needs {needed:.1f} GB, more than is left beside {_jobs(len(running), verb=False)}"
+    # On one machine all workers of a job are; of several, each looks for a node that has room for it.
+    workers = 1 if room.keeps_memory else settings.workers
+    growing = sum(_growing(one, room) for one in running) * workers
+    needed = job.estimate.memory_bytes * workers
+    if needed > room.free_memory_bytes - growing:
+        return (
+            f"free memory: it needs {needed / 1e9:.1f} GB, more than is left beside {_jobs(len(running), verb=False)}"
+        )
     return None
+
+
+def _growing(one: Running, room: Room) -> int:
+    """Bytes of what is free that a worker of a running job may still take: up to what was estimated of it."""
+    if one.job.estimate is None or (room.keeps_memory and one.is_begun):
+        return 0
+    return max(0, one.job.estimate.memory_bytes - one.memory_bytes)
 
 
 def _lack_of_devices(running: Sequence[Running], settings: TrainSettings, room: Room) -> str | None:
     starting = sum(not r.is_begun for r in running)
     if settings.num_gpus:
-        if room.free_gpus - starting * settings.num_gpus < settings.num_gpus:
-            return f"a free GPU: it needs {settings.num_gpus:g}"
+        gpus = settings.num_gpus * settings.workers
+        if room.free_gpus - starting * gpus < gpus:
+            return f"a free GPU: it needs {gpus:g}"
     else:
         # Ray's CPUs are bookkeeping; steps on the same cores only take turns.
-        needed = settings.cores_of(room.node_cores)
+        needed = settings.cores_of(room.node_cores) * settings.workers
         left = room.cores - len(running) * needed
         if left < needed:
             return f"free cores: it needs {needed}, {_jobs(len(running))}"
-    if room.free_cpus - starting * settings.num_cpus < settings.num_cpus:
-        return f"free CPUs of the cluster: it needs {settings.num_cpus:g}"
+    cpus = settings.num_cpus * settings.workers
+    if room.free_cpus - starting * cpus < cpus:
+        return f"free CPUs of the cluster: it needs {cpus:g}"
     return None
 
 

@@ -1,11 +1,20 @@
 """What is asked of a training run and what it tells of itself: settings, estimate, usage, fidelity, error."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from tuneloom.domain.values import AdapterRef
 from tuneloom.errors import InvalidRequest
+
+
+def _auto_or_bool(value: Any, read: Any) -> Any:
+    """One error for both, which names the field alone."""
+    try:
+        return read(value)
+    except ValueError as error:
+        raise PydanticCustomError("choice", "Input should be 'auto', true or false") from error
 
 
 class Hyperparameters(BaseModel):
@@ -24,12 +33,15 @@ class TrainOptions(BaseModel):
     A `preset` gives defaults to what is not set here or in the hyperparameters.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     preset: Literal["quick", "balanced"] | None = None
     rank: int | None = Field(None, ge=1, le=128)
     alpha: float | None = Field(None, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = Field(
+        None, description="layers to train whole beside the adapter: none, as no engine serves them"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     learning_rate: float | None = Field(None, gt=0, le=1)
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
@@ -39,8 +51,10 @@ class TrainOptions(BaseModel):
     accumulation_steps: int | None = Field(None, ge=1, le=256, description="forward passes that make a step")
     max_length: int | None = Field(None, ge=8)
     long_rows: Literal["refuse", "cut"] = Field("refuse", description="rows above `max_length`; cut: at their end")
-    packing: Literal["auto"] | bool = Field("auto", description="rows end to end without padding, each on its own")
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    packing: Annotated[Literal["auto"] | bool, WrapValidator(_auto_or_bool)] = Field(
+        "auto", description="rows end to end without padding, each on its own"
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     quantization: Literal["auto", "none", "nf4", "int8"] = Field(
         "auto", description="the base's frozen weights in 4 or 8 bits; auto: nf4 where the base does not fit otherwise"
     )
@@ -101,6 +115,15 @@ def check_settings_agree(spec: JobSpec) -> None:
     if passes and batch != "auto" and batch % passes:
         divisors = ", ".join(str(number) for number in range(1, batch + 1) if batch % number == 0)
         _refuse("accumulation_steps", f"{passes} does not divide `batch_size` {batch}. Use one of {divisors}.")
+    if options.target_modules == ():
+        _refuse("target_modules", "is empty, which leaves nothing to learn. Leave it out for all linear layers.")
+    if options.modules_to_save:
+        _refuse(
+            "modules_to_save",
+            f"is {', '.join(options.modules_to_save)}, and adapters with whole layers cannot be served: many adapters "
+            "share one copy of the base, and only low-rank ones fit beside it. Leave it out; for more to learn, raise "
+            "`tuneloom.rank` or name more layers in `tuneloom.target_modules`.",
+        )
     if options.loss_on != "answers" and spec.method == "dpo":
         _refuse("loss_on", "does not go with the method `dpo`, which compares two answers. Leave it out.")
     if options.validation_share is not None and spec.validation_file is not None:
@@ -129,13 +152,14 @@ class Setting(BaseModel):
 class Estimate(BaseModel):
     """What a run will take, before it starts. Each `_low` and `_high` bound nine of ten runs like it.
 
-    `evaluated_tokens` are those of the validation rows, all evaluations together. `based_on` says what the speed was
-    taken from. `cost` is None without a price in the settings.
+    `evaluated_tokens` are those of the validation rows, all evaluations together; `reference_tokens` those that DPO
+    scores once, before the first step. `based_on` says what the speed was taken from. `cost` is None without a price in the settings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     tokens: int
     evaluated_tokens: int = 0
+    reference_tokens: int = 0
     steps: int
     seconds: float
     seconds_low: float

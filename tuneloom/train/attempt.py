@@ -23,6 +23,7 @@ from tuneloom.train.failure import describe, is_out_of_memory
 from tuneloom.train.fidelity import Compared, check_factors, check_rendering, check_scores, sentence
 from tuneloom.train.fit import fit_plan
 from tuneloom.train.folders import run_folder, stop_file
+from tuneloom.train.follow import Task, pack
 from tuneloom.train.inputs import Inputs, read_inputs
 from tuneloom.train.libraries import Libraries, import_libraries, release_memory
 from tuneloom.train.lineage import Witness
@@ -36,6 +37,7 @@ from tuneloom.train.publish import Outcome, Publisher
 from tuneloom.train.sample import Scored, pick_scored
 from tuneloom.train.start import fetch_start
 from tuneloom.train.states import StoredStates, states_prefix
+from tuneloom.train.team import ALONE, Left, StartAgain, Team
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Run:
     folder: Path
     checkpoints: Checkpoints
     deaths: Deaths
+    team: Team
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,16 @@ class Learned:
     scores: list[list[float]]
 
 
-def run_attempt(settings: Settings, job_id: str, attempt: int, notice: threading.Event | None = None) -> Result:
+def run_attempt(
+    settings: Settings, job_id: str, attempt: int, notice: threading.Event | None = None, team: Team = ALONE
+) -> Result:
     """Train and publish. Whatever happens is in the progress record, unless the attempt was stopped or replaced.
 
-    `notice` is set when the node is about to be taken away: the run is then saved, and goes on elsewhere.
+    `notice` is set when the node is about to be taken away: the run is then saved, and goes on elsewhere. The others of
+    `team`, which this process leads, run `follow`.
+
+    Raises:
+        StartAgain: only with all processes of the team started anew can the run go on.
     """
     store = open_store(settings)
     store = replace(store, blobs=PatientBlobs(store.blobs))
@@ -90,7 +99,7 @@ def run_attempt(settings: Settings, job_id: str, attempt: int, notice: threading
         stored = StoredStates(store.blobs, states_prefix(job_id)) if settings.uploads_states else None
         checkpoints = Checkpoints(folder / "checkpoints", settings.train.checkpoints_kept, stored)
         with Pulse(voice, stop_file(settings, job_id, attempt), notice, deaths.look) as pulse:
-            result = _run(settings, store, voice, pulse, job_id, checkpoints, deaths)
+            result = _run(settings, store, voice, pulse, job_id, checkpoints, deaths, team)
         deaths.end()
         if result in ("published", "cancelled", "failed"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -104,16 +113,25 @@ def run_attempt(settings: Settings, job_id: str, attempt: int, notice: threading
 
 
 def _run(
-    settings: Settings, store: Store, voice: Voice, pulse: Pulse, job_id: str, checkpoints: Checkpoints, deaths: Deaths
+    settings: Settings,
+    store: Store,
+    voice: Voice,
+    pulse: Pulse,
+    job_id: str,
+    checkpoints: Checkpoints,
+    deaths: Deaths,
+    team: Team,
 ) -> Result:
     """Train; the last word if it is not that of the publisher."""
     folder = run_folder(settings, job_id)
     try:
         job = store.records.jobs.get(job_id).value
         base = get_base(settings.bases_dir, job.spec.base)
-        result = _train(Run(settings, store, voice, pulse, job, base, folder, checkpoints, deaths))
-    except FenceLost:
+        result = _train(Run(settings, store, voice, pulse, job, base, folder, checkpoints, deaths, team))
+    except (FenceLost, StartAgain):
         raise
+    except Left as error:
+        raise StartAgain from error
     except Exception as error:
         failure = describe(error, settings.home)
         if failure.code == "internal_error":
@@ -161,6 +179,9 @@ def _train(run: Run) -> Result:
         # Out of the handler, which holds the trainer by the frames of the error.
         release_memory()
         plan = _cut(run, plan, size, "the memory was not enough")
+        if run.team.size > 1:
+            # The others wait within the step that failed here.
+            raise StartAgain
     return _hand_over(run, learned) if isinstance(learned, Learned) else learned
 
 
@@ -205,7 +226,9 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learne
         interval_s=plan.checkpoint_every_s or train.checkpoint_interval_s,
         validation=inputs.validation,
     )
-    wandb = libraries.integrations.wandb_callbacks(run.job, plan, run.voice, run.folder, lambda: steps.metrics)
+    wandb = libraries.integrations.wandb_callbacks(
+        run.job, plan, run.voice, run.folder, run.settings.home, lambda: steps.metrics
+    )
     trainer = (libraries.dpo.PreferenceTrainer if is_dpo else lora.LoraTrainer)(
         model,
         plan,
@@ -215,8 +238,9 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learne
         base_id=run.base.id,
         folder=run.folder / "trainer",
         use_gpu=train.num_gpus > 0,
-        callbacks=[steps, *wandb],
+        callbacks=[steps, *wandb, lora.EndsTogether(run.team)],
         on_save=steps.save,
+        team=run.team,
     )
     plan = witness.plan = trainer.plan
     steps.follow(trainer)
@@ -229,6 +253,10 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learne
     _announce(run.voice, plan, state)
     steps.go_on_from(state)
     if not steps.evaluations.is_over:
+        if run.team.size > 1:
+            run.team.tell(
+                Task(plan, pack(state.path if state else None), pack(run.folder / "trainer" if is_dpo else None))
+            )
         trainer.learn(state.path if state else None)
         if (wanted := _early_end(run.pulse)) is not None:
             return wanted

@@ -17,7 +17,7 @@ CPU_PASS_TOKENS = 512
 GPU_PASS_TOKENS = 4096
 SMALL_BASE_BYTES = 1 << 30
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32"]
 Quantization = Literal["none", "nf4", "int8"]
 
 

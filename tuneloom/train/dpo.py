@@ -72,19 +72,24 @@ class PreferenceTrainer(LoraTrainer):
     def collate(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The micro-batches of the step that learns the pairs `rows`."""
         assert self._training is not None, "prepare() comes before learn()"
-        parts = self.batches.cut(rows, padded=self._pad_id is not None)
-        return [{**self._inputs(self._training, part), "of_step": (len(rows), len(parts))} for part in parts]
+        mine = self._team.part(rows)
+        parts = self.batches.cut(mine, padded=self._pad_id is not None)
+        counts = (len(rows), len(mine), len(parts))
+        return [{**self._inputs(self._training, part), "of_step": counts} for part in parts]
+
+    def weigh(self, inputs: list[dict[str, Any]], learned: int) -> float:
+        return inputs[0]["of_step"][1] if inputs else 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The part that a micro-batch has in the mean loss over the pairs of its step."""
-        num_pairs, num_parts = inputs.pop("of_step")
+        num_pairs, pairs_here, num_parts = inputs.pop("of_step")
         margins_P, accuracy = self._margins(model, inputs)
         metrics = self._metrics["train"]
         metrics["mean_token_accuracy"].append(accuracy)
         # What is logged is the mean over micro-batches, which differ in size.
-        weight = num_parts / num_pairs
+        weight = num_parts / pairs_here
         metrics["train_reward_margin"].append(margins_P.detach().sum().item() * weight)
         metrics["train_reward_accuracy"].append((margins_P > 0).sum().item() * weight)
         return -logsigmoid(margins_P).sum() / num_pairs
@@ -132,7 +137,7 @@ class PreferenceTrainer(LoraTrainer):
         self.model.eval()
         frozen = self.model.disable_adapter() if self.plan.start is None else nullcontext()
         try:
-            with frozen, self.accelerator.autocast():
+            with frozen, self.compute_loss_context_manager():
                 for part in self._cut(referred, self.plan.micro_size):
                     if not np.isnan(known[part]).any():
                         continue

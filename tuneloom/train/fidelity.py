@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # How far log-probabilities may be apart, one of them and all on average, by the coarser of the two precisions. More
 # than twice what was measured over tiny random bases and SmolLM2-135M-Instruct; see docs/training.md.
-TOLERANCE = {"fp32": 0.01, "bf16": 2.0, "int8": 4.0, "nf4": 12.0}
-MEAN_TOLERANCE = {"fp32": 0.001, "bf16": 0.3, "int8": 0.6, "nf4": 1.5}
+TOLERANCE = {"fp32": 0.01, "fp16": 2.0, "bf16": 2.0, "int8": 4.0, "nf4": 12.0}
+MEAN_TOLERANCE = {"fp32": 0.001, "fp16": 0.3, "bf16": 0.3, "int8": 0.6, "nf4": 1.5}
 PRECISIONS = tuple(TOLERANCE)
 # Numbers of an adapter that are scaled by the trainer and by the engine, as shares of the largest: a rounding of fp32.
 FACTOR_TOLERANCE = 1e-6
@@ -230,7 +230,7 @@ def _engines(settings: Settings, base: Base, precision: str) -> Iterator[EngineS
     yield served
     yield served.model_copy(
         update={
-            "dtype": precision if precision in ("bf16", "fp32") else served.dtype,
+            "dtype": {"bf16": "bf16", "fp16": "bf16", "fp32": "fp32"}.get(precision, served.dtype),
             "quantization": precision if precision in ("nf4", "int8") else "none",
         }
     )

@@ -34,15 +34,20 @@ ENVIRONMENT = {
 
 
 def wandb_callbacks(
-    job: Job, plan: Plan, voice: Voice, folder: Path, metrics: Callable[[], dict[str, float]]
+    job: Job, plan: Plan, voice: Voice, folder: Path, home: Path, metrics: Callable[[], dict[str, float]]
 ) -> list["WandbCallback"]:
-    """One for each project that the job names. They come after the callback that makes `metrics` of a step."""
+    """One for each project that the job names. They come after the callback that makes `metrics` of a step.
+
+    Files are in `folder`, which goes with the run; offline, where they are all there is, below `home`.
+    """
+    is_offline = os.environ.get("WANDB_MODE") == "offline"
+    folder = Path(os.environ.get("WANDB_DIR") or (home if is_offline else folder))
     config = {"job": job.id, "base": job.spec.base, "method": plan.method}
     config |= {setting.name: setting.value for setting in plan.settings}
     # Without it a second run of the process would take the place of the first.
     several: dict[str, Any] = {"reinit": "create_new"} if len(job.spec.wandb) > 1 else {}
     return [
-        WandbCallback(target, f"{job.id}-{number}", voice, folder / "wandb", metrics, config=config, **several)
+        WandbCallback(target, f"{job.id}-{number}", voice, folder, metrics, config=config, **several)
         for number, target in enumerate(job.spec.wandb)
     ]
 

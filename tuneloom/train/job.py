@@ -11,16 +11,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuneloom.config import Settings, TrainSettings, load
-from tuneloom.domain import Progress
+from tuneloom.domain import Job, Progress
 from tuneloom.store import Store
 from tuneloom.train.environment import WORKER_ENVIRONMENT
 from tuneloom.train.failure import describe, worker_lost
 from tuneloom.train.folders import run_folder, stop_file
 from tuneloom.train.progress import HEARTBEAT_S, FenceLost, Voice
 from tuneloom.train.tail import Tail
+
+if TYPE_CHECKING:
+    from tuneloom.train.team import Team
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ def drive(settings: Settings, store: Store, job_id: str, attempt: int, say: Call
         tail = Tail(store.records, job_id, say)
         stop = stop_file(settings, job_id, attempt)
         stop.unlink(missing_ok=True)
-        run = _Run(settings, job_id, attempt)
+        run = _Run(settings, job_id, attempt, resources_of(settings.train, store.records.jobs.get(job_id).value))
         _listen()
         try:
             run.start()
@@ -72,7 +75,8 @@ def drive(settings: Settings, store: Store, job_id: str, attempt: int, say: Call
 class _Run:
     """The call of Ray Train in a thread: in the main thread it would take the signals for itself."""
 
-    def __init__(self, settings: Settings, job_id: str, attempt: int) -> None:
+    def __init__(self, settings: Settings, job_id: str, attempt: int, resources: dict[str, float]) -> None:
+        self._resources = resources
         self.error: BaseException | None = None
         self._settings = settings
         self._config = {"home": str(settings.home), "job_id": job_id, "attempt": attempt}
@@ -90,15 +94,15 @@ class _Run:
 
     def _fit(self) -> None:
         try:
-            fit(self._settings, self._name, self._config)
+            fit(self._settings, self._name, self._config, self._resources)
         except Exception as error:
             self.error = error
         finally:
             self._is_over.set()
 
 
-def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
-    """Run `worker` by Ray Train, which starts it again if its process dies."""
+def fit(settings: Settings, name: str, config: dict[str, Any], resources: dict[str, float]) -> None:
+    """Run `worker` with such resources by Ray Train, which starts it again if its process dies."""
     # The print patch writes 1,200 lines of bytecode a run (ray 2.60); both are read where the run begins.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -108,13 +112,13 @@ def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
 
     from tuneloom.train.trainer import LeanTrainer
 
-    train = settings.train
     storage = settings.home / "runs" / "ray"
-    resources = {"CPU": train.num_cpus, **({"GPU": train.num_gpus} if train.num_gpus else {})}
     trainer = LeanTrainer(
         worker,
         train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=1, use_gpu=train.num_gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=settings.train.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
         # The states of a run are ours (`checkpoints`): Ray Train's own snapshot is overwritten in place, and one that a
         # crash has cut off makes a run of the same name unusable. So each attempt has a name of its own.
         run_config=RunConfig(
@@ -131,6 +135,23 @@ def fit(settings: Settings, name: str, config: dict[str, Any]) -> None:
         shutil.rmtree(storage / name, ignore_errors=True)
 
 
+def resources_of(train: TrainSettings, job: Job) -> dict[str, float]:
+    """What Ray keeps for the worker of `job` on one node, and looks for a node that has it.
+
+    Of several nodes it keeps the memory that was estimated, within what the largest has. A single machine needs no
+    such bookkeeping: there the queue looks at what is really free.
+    """
+    import ray
+
+    resources: dict[str, float] = {"CPU": train.num_cpus}
+    if train.num_gpus:
+        return {**resources, "GPU": train.num_gpus}
+    memory = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    if len(memory) > 1 and job.estimate is not None:
+        resources["memory"] = min(float(job.estimate.memory_bytes), max(memory))
+    return resources
+
+
 def _runtime_env() -> dict[str, Any]:
     """What the worker's process lacks of its environment.
 
@@ -144,13 +165,33 @@ def worker(config: dict[str, Any]) -> str:
     """What runs in the worker process. It steps back so that requests served beside it keep their latency."""
     # Here, since the driver does without all that an attempt imports.
     from tuneloom.train.attempt import run_attempt
+    from tuneloom.train.follow import follow
     from tuneloom.train.libraries import import_libraries
 
     settings = load(config["home"])
     # Seconds of imports, before it steps back: Ray starts processes beside it now, and would hold it up.
     import_libraries(settings.train.threads)
     step_back(settings.train)
-    return run_attempt(settings, config["job_id"], config["attempt"], _notice())
+    team = _team()
+    try:
+        if team.leads:
+            return run_attempt(settings, config["job_id"], config["attempt"], _notice(), team)
+        follow(settings, config["job_id"], team)
+        return "followed"
+    finally:
+        team.leave()
+
+
+def _team() -> "Team":
+    """The workers of this run; each finds the others through Ray Train."""
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    from tuneloom.train.team import Team
+
+    context = ray.train.get_context()
+    host = ray.util.get_node_ip_address()
+    return Team.meet(context.get_world_rank(), context.get_world_size(), host, broadcast_from_rank_zero)
 
 
 def step_back(train: TrainSettings) -> None:

@@ -30,8 +30,11 @@ from tuneloom.train.models import save_adapter
 from tuneloom.train.order import Batches, cut_by_tokens
 from tuneloom.train.packing import IGNORED, pack, pad, try_packing
 from tuneloom.train.plan import Plan, tell
+from tuneloom.train.scaling import LossScale
+from tuneloom.train.team import ALONE, Team
 
 TRAINER_STATE = "trainer_state.json"
+SCALE_FILE = "loss_scale"
 # The folder of the adapter inside a saved state. transformers resumes an adapter from a folder of the adapter's name.
 STATE_ADAPTER = "default"
 
@@ -74,14 +77,19 @@ class LoraTrainer(SFTTrainer):
         use_gpu: bool,
         callbacks: Iterable[TrainerCallback] = (),
         on_save: Callable[["LoraTrainer"], None],
+        team: Team = ALONE,
     ) -> None:
         self.batches = batches
+        self._team = team
         self._tokens = tokens
         self._base_id = base_id
         self._on_save = on_save
         # Learned tokens of this step that were the likeliest, if that is counted here.
         self._right: int | None = None
-        has_own_precision = speed_up(model) and plan.precision == "bf16"
+        has_own_precision = speed_up(model) and plan.precision != "fp32"
+        self._scale = LossScale(plan.precision == "fp16")
+        # accelerate knows fp16 on GPUs only, and with a scale of its own.
+        self._is_cast = plan.precision == "fp16" and not has_own_precision
         with _without_deprecations():
             super().__init__(
                 model=model,
@@ -98,6 +106,8 @@ class LoraTrainer(SFTTrainer):
 
     def learn(self, resume_from: Path | None) -> None:
         """Train from the start, or from where `save_state` wrote `resume_from`."""
+        if resume_from and (known := resume_from / SCALE_FILE).exists():
+            self._scale.value = float(known.read_text())
         with _without_deprecations():
             self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
@@ -105,15 +115,40 @@ class LoraTrainer(SFTTrainer):
         return _EpochLoader(range(self._tokens.num_rows), batch_sampler=self.batches, collate_fn=self.collate)  # type: ignore[arg-type]
 
     def collate(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The micro-batches of one step."""
-        parts = self.batches.cut(rows, padded=self._pad_id is not None)
+        """The micro-batches of one step, of those rows that are computed here."""
+        parts = self.batches.cut(self._team.part(rows), padded=self._pad_id is not None)
         return [model_inputs(self._tokens, part, pad_id=self._pad_id) for part in parts]
 
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a whole step; its loss, that of a mean learned token."""
         model.train()
-        self._right = None
         learned = sum(int((part["labels"][:, 1:] != IGNORED).sum()) for part in inputs)
+        of_step = int(self._team.total(learned))
+        if not self._team.leads:
+            # Dropout of its own, and the same again in a run that goes on.
+            torch.manual_seed(hash((self.plan.seed, self.state.global_step, self._team.rank)))
+        total = self._scale.step(
+            self.state.global_step, lambda: self._backward(model, inputs, of_step), model.parameters()
+        )
+        if self._right is not None:
+            self._metrics["train"]["mean_token_accuracy"].append(self._right / max(1, learned))
+        return total if self._team.size == 1 else self._gather(model, total, self.weigh(inputs, learned))
+
+    def weigh(self, inputs: list[dict[str, Any]], learned: int) -> float:
+        """What the metrics of this process count among those of all that share the step."""
+        return learned
+
+    def _gather(self, model: Any, loss: Tensor, weight: float) -> Tensor:
+        """Gradients, metrics and loss of the step that several processes share."""
+        self._team.add_gradients(model.parameters())
+        metrics = self._metrics["train"]
+        here = {name: float(np.mean(values)) for name, values in metrics.items() if values}
+        metrics.update({name: [value] for name, value in self._team.means(here, weight).items()})
+        return torch.tensor(self._team.total(loss.item()), device=loss.device)
+
+    def _backward(self, model: Any, inputs: list[dict[str, Any]], learned: int) -> Tensor:
+        """Gradients of a whole step, scaled; the loss, which is not."""
+        self._right = None
         total = torch.zeros((), device=self.args.device)
         for number, part in enumerate(inputs):
             if number:
@@ -122,10 +157,8 @@ class LoraTrainer(SFTTrainer):
                     break
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=learned)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss * self._scale.value)
             total += loss.detach()
-        if self._right is not None:
-            self._metrics["train"]["mean_token_accuracy"].append(self._right / max(1, learned))
         return total
 
     def compute_loss(
@@ -137,6 +170,12 @@ class LoraTrainer(SFTTrainer):
         output = model(**inputs, use_cache=False, fused_lm_head=True)
         self._right = (self._right or 0) + int(output.is_top1.sum())
         return -output.log_probs.sum() / max(1, num_items_in_batch)
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
+        if self._is_cast:
+            stack.enter_context(torch.autocast(self.args.device.type, torch.float16))
+        return stack
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next step; what it learns is counted there."""
@@ -151,6 +190,7 @@ class LoraTrainer(SFTTrainer):
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / TRAINER_STATE))
+        (folder / SCALE_FILE).write_text(repr(self._scale.value))
 
     @torch.no_grad()
     def score(self, tokens: Tokens, micro_size: int) -> Score:
@@ -175,6 +215,16 @@ class LoraTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._on_save(self)
+
+
+class EndsTogether(TrainerCallback):
+    """The last callback of every process of a team: the leader's end of the run is that of all."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = self._team.tell(control.should_training_stop)
 
 
 class _EpochLoader(DataLoader):

@@ -161,7 +161,7 @@ def _head(sizes: _Sizes, plan: Plan, tokens: int) -> MemoryItem:
 
 
 def _width(plan: Plan) -> int:
-    return 2 if plan.precision == "bf16" else 4
+    return 4 if plan.precision == "fp32" else 2
 
 
 def _is_target(name: str, plan: Plan) -> bool:

@@ -22,6 +22,8 @@ from tuneloom.errors import InvalidRequest
 from tuneloom.train.failure import BaseUnreadable, is_out_of_memory
 from tuneloom.train.plan import Plan
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def has_fast_bf16(*, use_gpu: bool) -> bool:
     """Whether this machine multiplies bf16 matrices faster than fp32."""
@@ -36,7 +38,7 @@ def load_base(base: Base, plan: Plan, *, use_gpu: bool = False) -> PreTrainedMod
     Raises:
         BaseUnreadable: they do not load.
     """
-    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    dtype = DTYPES[plan.precision]
     how: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     if plan.quantization != "none":
         how |= {"quantization_config": _quantised(plan, dtype), "device_map": "cuda:0" if use_gpu else "cpu"}

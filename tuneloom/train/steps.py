@@ -145,9 +145,10 @@ class Steps(TrainerCallback):
             return
         step, loss = state.global_step, logs["loss"]
         if not math.isfinite(loss) or not math.isfinite(logs.get("grad_norm", 0.0)):
+            wider = ", or `bf16` or `fp32` as `tuneloom.precision`" if self._plan.precision == "fp16" else ""
             raise NotFinite(
                 f"The loss is no number any more at step {step} (learning rate {logs['learning_rate']:.2g}). "
-                "Use a smaller `learning_rate_multiplier`."
+                f"Use a smaller `learning_rate_multiplier`{wider}."
             )
         self.metrics = {
             "step": float(step),

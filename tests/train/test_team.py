@@ -1,0 +1,133 @@
+"""Two processes share the steps of one run, and it is the run of one process."""
+
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train import test_dpo, test_lora
+from tests.train.test_lora import plan_for, train
+from tuneloom.bases import Base
+from tuneloom.train.data import Tokens
+from tuneloom.train.plan import Plan
+
+base, tokens = test_lora.base, test_lora.tokens
+
+RANK = """
+import pickle, sys
+from tests.train.test_team import compute
+number, task, found = sys.argv[1:]
+with open(task, "rb") as file:
+    result = compute(int(number), pickle.load(file))
+with open(found, "wb") as file:
+    pickle.dump(result, file)
+"""
+
+
+@dataclass
+class Task:
+    base: Base
+    plan: Plan
+    tokens: Any
+    folder: Path
+    size: int = 2
+
+
+def compute(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """In a process of a team: the adapter that it ends with, and what its steps logged."""
+    from peft import get_peft_model_state_dict
+
+    from tests.train.test_dpo import Losses
+    from tuneloom.train.dpo import PreferenceTrainer, pair_lengths
+    from tuneloom.train.lora import Batches, EndsTogether, LoraTrainer
+    from tuneloom.train.models import add_lora, load_base, load_tokenizer
+    from tuneloom.train.team import Team
+
+    def share(address: str) -> str:
+        return f"file://{task.folder}/meet"
+
+    team, plan, log = Team.meet(rank, task.size, "127.0.0.1", share), task.plan, Losses()
+    is_dpo = plan.method == "dpo"
+    lengths = pair_lengths(task.tokens) if is_dpo else task.tokens.lengths
+    trainer = (PreferenceTrainer if is_dpo else LoraTrainer)(
+        add_lora(load_base(task.base, plan), plan),
+        plan,
+        task.tokens,
+        Batches(lengths, plan.batch_size, plan.micro_size, plan.seed),
+        tokenizer=load_tokenizer(task.base),
+        base_id=task.base.id,
+        folder=task.folder / str(rank),
+        use_gpu=False,
+        callbacks=[log, EndsTogether(team)],
+        on_save=lambda _: None,
+        team=team,
+    )
+    if is_dpo:
+        trainer.prepare(None, lambda: True)
+    trainer.learn(None)
+    team.leave()
+    return get_peft_model_state_dict(trainer.model, save_embedding_layers=False), log.logs
+
+
+def of(name: str, logs: list[dict[str, float]]) -> list[float]:
+    return [each[name] for each in logs]
+
+
+def together(task: Task) -> list[Any]:
+    """What each process of the team found."""
+    path = task.folder / "task.pickle"
+    path.write_bytes(pickle.dumps(task))
+    found = [task.folder / f"found-{rank}" for rank in range(task.size)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(path), str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, file in enumerate(found)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=540)
+        assert process.returncode == 0, output.decode()[-3000:]
+    return [pickle.loads(file.read_bytes()) for file in found]
+
+
+@pytest.mark.parametrize("more", [{}, {"packing": False, "passes": 4}], ids=["packed", "padded in parts"])
+def test_loss_curve_and_adapter_are_those_of_one_process(
+    base: Base,
+    tokens: Tokens,
+    tmp_path: Path,
+    more: dict[str, Any],
+) -> None:
+    plan = plan_for(base, tokens, **more)
+    alone, log = train(base, plan, tokens, tmp_path / "alone")
+
+    (first, logs), (second, others) = together(Task(base, plan, tokens, tmp_path))
+
+    np.testing.assert_allclose(of("loss", logs), log.losses, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(of("mean_token_accuracy", logs), log.accuracies, atol=1e-6)
+    assert of("loss", others) == of("loss", logs), "all processes know the same"
+    for name, weight in alone.items():
+        torch.testing.assert_close(first[name], weight, atol=1e-5, rtol=1e-4)
+        assert torch.equal(first[name], second[name]), "no process drifts away"
+
+
+def test_preferences_have_the_losses_and_rewards_of_one_process(base: Base, tmp_path: Path) -> None:
+    # Nine pairs in steps of four: the last step has one, so that a process has none.
+    pairs = test_dpo.random_pairs(9)
+    plan = test_dpo.plan_for(base, pairs)
+    trainer, alone = test_dpo.ours(base, plan, pairs, tmp_path / "alone")
+    trainer.prepare(None, lambda: True)
+    trainer.learn(None)
+
+    (_, logs), (_, others) = together(Task(base, plan, pairs, tmp_path))
+
+    for name in ("loss", "train_reward_margin", "train_reward_accuracy"):
+        np.testing.assert_allclose(of(name, logs), of(name, alone.logs), atol=1e-4, rtol=1e-4, err_msg=name)
+    assert of("loss", others) == of("loss", logs)
