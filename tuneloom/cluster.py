@@ -6,7 +6,6 @@ cluster of the host and is never used.
 """
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tuneloom import ports
 from tuneloom.config import Settings
+from tuneloom.config.locks import alone
 from tuneloom.errors import TuneloomError
 
 Report = Callable[[str], None]
@@ -93,18 +93,8 @@ def exclusive(home: Path, wait_s: float = 2.0) -> Iterator[None]:
         ClusterError: another process has it.
     """
     home.mkdir(parents=True, exist_ok=True)
-    with (home / LOCK_FILE).open("a+") as lock:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ClusterError(
-                        f"Another `tuneloom up` or `down` is at work on {home}. Wait for it to end, then try again."
-                    ) from None
-                time.sleep(0.1)
+    refusal = ClusterError(f"Another `tuneloom up` or `down` is at work on {home}. Wait for it to end, then try again.")
+    with alone(home / LOCK_FILE, wait_s, refusal):
         yield
 
 

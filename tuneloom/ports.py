@@ -1,17 +1,16 @@
 """Which TCP ports a local cluster takes. Nothing is held: a port is chosen here and bound by others a little later."""
 
 import contextlib
-import fcntl
 import os
 import random
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
+from tuneloom.config.locks import alone
 from tuneloom.errors import TuneloomError
 
 # Below every system's range for outgoing connections, so that none of them takes a port between choice and use.
@@ -78,14 +77,6 @@ def _registry() -> Iterator[Path]:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.lstat().st_uid != os.getuid():
         raise NoPort(f"{folder} does not belong to you. Remove it and try again.")
-    with (folder / "lock").open("w") as lock:
-        deadline = time.monotonic() + CLAIM_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise NoPort(f"Another process keeps {folder} locked. End it and try again.") from None
-                time.sleep(0.05)
+    refusal = NoPort(f"Another process keeps {folder} locked. End it and try again.")
+    with alone(folder / "lock", CLAIM_TIMEOUT_S, refusal):
         yield folder

@@ -5,7 +5,6 @@ one installation take turns by a lock, so what an interrupted one left is swept 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from tuneloom.bases.catalogue import MANIFEST, Base, Manifest, get_base, read_base, read_header, read_manifest, slug
 from tuneloom.config import DEFAULT_BASE
+from tuneloom.config.locks import alone
 from tuneloom.domain import DEFAULT_CONTEXT_LENGTH, adapter_sha256
 from tuneloom.errors import Conflict, InvalidRequest, ModelNotFound, Overloaded
 
@@ -285,16 +285,8 @@ def _files(folder: Path) -> list[Path]:
 def _turn(bases_dir: Path) -> Iterator[None]:
     """One intake at a time; what a dead one left is swept."""
     bases_dir.mkdir(parents=True, exist_ok=True)
-    with (bases_dir / ".lock").open("w") as lock:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Overloaded("Another base is being added and does not finish. Try again later.") from None
-                time.sleep(0.2)
+    refusal = Overloaded("Another base is being added and does not finish. Try again later.")
+    with alone(bases_dir / ".lock", LOCK_TIMEOUT_S, refusal):
         for leftover in bases_dir.glob(f"{_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield

@@ -5,7 +5,6 @@ it was before, with which secrets are still recognised. A file of 32 bytes is on
 """
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,16 +16,18 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuneloom.config.locks import alone
 from tuneloom.config.secrets import read_or_make
 from tuneloom.config.settings import Settings
 from tuneloom.domain import hash_secret
-from tuneloom.errors import InvalidRequest
+from tuneloom.errors import InvalidRequest, Overloaded
 
 logger = logging.getLogger(__name__)
 
 SIZE_BYTES = 32
 # A pepper that was rotated elsewhere is known here after this.
 REREAD_S = 1.0
+LOCK_TIMEOUT_S = 30.0
 _LINE = re.compile(rb"[0-9a-f]{64}")
 
 
@@ -141,12 +142,10 @@ def _lines(values: tuple[bytes, ...]) -> bytes:
     return b"".join(value.hex().encode() + b"\n" for value in values)
 
 
-@contextlib.contextmanager
-def _alone(path: Path):
+def _alone(path: Path) -> contextlib.AbstractContextManager[None]:
     """One process at a time: of two new peppers, both must stay in the file."""
-    with path.with_name(path.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    refusal = Overloaded(f"Another process keeps {path} locked. Try again when it has ended.")
+    return alone(path.with_name(path.name + ".lock"), LOCK_TIMEOUT_S, refusal)
 
 
 def _replace(path: Path, data: bytes) -> None:
