@@ -18,7 +18,7 @@ def test_seconds_go_on_from_those_before_and_the_largest_memory_stays() -> None:
     now = [100.0]
     read = Meter(BEFORE, clock=lambda: now[0]).read
     now[0] += 2.5
-    assert read() == {"seconds": 12.5, "memory_bytes": 1 << 50}
+    assert read() == {"seconds": 12.5, "starts": 1, "memory_bytes": 1 << 50}
 
 
 def test_memory_is_what_the_process_holds_and_the_peak_remembers_it() -> None:

@@ -51,7 +51,8 @@ class Note(BaseModel):
 
 
 class Planned(BaseModel):
-    """What the run will do if it is let in: tokens over all epochs, those of all evaluations, and its most memory.
+    """What the run will do if it is let in: tokens over all epochs, those of all evaluations, those that a method
+    scores once before the first step, and its most memory.
 
     `base_bytes` is the size of the base's weights as stored, `refusal` why the run fits no machine that it may have.
     """
@@ -59,6 +60,7 @@ class Planned(BaseModel):
     settings: tuple[Setting, ...] = ()
     tokens: int
     evaluated_tokens: int = 0
+    reference_tokens: int = 0
     steps: int
     memory_bytes: int = 0
     memory_parts: dict[str, int] = {}

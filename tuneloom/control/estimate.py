@@ -1,17 +1,15 @@
 """What a run will take, from how fast finished ones were; and what it has taken. No tokens are counted here.
 
-A run of `tokens` takes a fixed time (start, loading, saving) and then so long per token; a token that is only scored
-counts as a third. Both come from the last jobs of the same kind, from those with steps of like size if there are any.
+How a run's time is made up is the question of `speeds`; here it is taken from the last jobs of the same kind.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tuneloom.config import TrainSettings
 from tuneloom.control.check import Planned
+from tuneloom.control.speeds import CPU, GPU, SCORED_SHARE, Work, fit
 from tuneloom.domain import Estimate, Job, JobError, JobSpec, Progress, Setting, Speed, Usage
 from tuneloom.store.base import Write
 from tuneloom.store.records import Records
@@ -19,27 +17,6 @@ from tuneloom.store.records import Records
 DOES_NOT_FIT = "does_not_fit"
 GUESS = "no job like it yet: a guess by the size of the base"
 MAX_SPEEDS = 20
-SCORED_SHARE = 1 / 3
-# Steps from half to twice the tokens count as alike: small ones cost more per token.
-LIKE_STEPS = 2.0
-# What the spread of few jobs is mixed with: two jobs' worth of a log-standard deviation of 12 %.
-PRIOR_JOBS, PRIOR_SPREAD = 2, 0.12
-# The 5 % quantile of a normal distribution: nine of ten lie between it and its mirror image.
-TAIL = 1.645
-
-
-@dataclass(frozen=True)
-class Prior:
-    """A guess without any job of the kind. `factor`: how far off either way it may be."""
-
-    fixed_s: float
-    s_per_token_and_parameter: float
-    factor: float
-
-
-CPU = Prior(20.0, 2.0e-11, 3.0)
-# Four operations per token and parameter (forward, and backward through frozen weights) at 30 of an L4's 121 Tflop/s.
-GPU = Prior(30.0, 1.3e-13, 4.0)
 
 
 class Estimator:
@@ -83,20 +60,27 @@ class Estimator:
 
 def estimate(planned: Planned, speeds: Sequence[Speed], settings: TrainSettings) -> Estimate:
     """What a run takes that is planned so. `speeds` are those of its kind."""
-    work = _work(planned.tokens, planned.evaluated_tokens)
-    alike = _alike(planned, speeds)
-    if alike:
-        seconds, factor = _fit(work, alike)
-        based_on = _jobs_like_it(alike)
+    prior = GPU if settings.num_gpus else CPU
+    work = Work(
+        planned.tokens,
+        planned.evaluated_tokens + planned.reference_tokens,
+        planned.steps,
+        is_recomputed(planned.settings),
+    )
+    step_s = prior.step_s + prior.step_s_per_byte * planned.base_bytes
+    if speeds:
+        found = fit(work, speeds, step_s)
+        seconds, factor, based_on = found.seconds, found.factor, _jobs_like_it(found.jobs)
     else:
-        prior = GPU if settings.num_gpus else CPU
         # Weights are stored in 16 bits, or nearly so for their number.
-        seconds = prior.fixed_s + prior.s_per_token_and_parameter * work * planned.base_bytes / 2
+        seconds = prior.fixed_s + prior.s_per_token_and_parameter * work.tokens_like * planned.base_bytes / 2
+        seconds += step_s * planned.steps
         factor, based_on = prior.factor, GUESS
     low, high = seconds / factor, seconds * factor
     return Estimate(
         tokens=planned.tokens,
         evaluated_tokens=planned.evaluated_tokens,
+        reference_tokens=planned.reference_tokens,
         steps=planned.steps,
         seconds=seconds,
         seconds_low=low,
@@ -109,6 +93,11 @@ def estimate(planned: Planned, speeds: Sequence[Speed], settings: TrainSettings)
     )
 
 
+def is_recomputed(settings: Sequence[Setting]) -> bool:
+    """Whether activations are computed twice instead of kept."""
+    return any(setting.name == "gradient_checkpointing" and setting.value is True for setting in settings)
+
+
 def read_speeds(records: Records, kind: str) -> list[Speed]:
     """The last jobs of a kind."""
     found = records.speeds.query({"kind": kind}, order_by="created_at", descending=True, limit=MAX_SPEEDS)
@@ -119,6 +108,8 @@ def kind_of(spec: JobSpec, plan: Sequence[Setting], settings: TrainSettings) -> 
     """What speed depends on, as one text."""
     formats = {setting.name: setting.value for setting in plan if setting.name in ("precision", "quantization")}
     device = f"gpu x{settings.num_gpus:g}" if settings.num_gpus else f"cpu, {settings.threads or 'all'} threads"
+    if settings.workers > 1:
+        device = f"{settings.workers} x {device}"
     named = (spec.base, spec.method, formats.get("precision", "auto"), formats.get("quantization", "none"), device)
     return " | ".join(map(str, named))
 
@@ -142,8 +133,9 @@ def cost_of(seconds: float, settings: TrainSettings) -> float | None:
 
 def learn_speed(records: Records, job: Job, settings: TrainSettings, now: float) -> list[Write]:
     """The writes that keep how fast a job was; none for one that was interrupted or too short to tell."""
-    usage = job.usage
-    if usage is None or job.attempt != 1 or records.speeds.find(job.id) is not None:
+    usage, progress = job.usage, records.progress.find(job.id)
+    is_interrupted = job.attempt != 1 or (progress is not None and progress.value.starts > 1)
+    if usage is None or is_interrupted or records.speeds.find(job.id) is not None:
         return []
     where = {"job_id": job.id, "type": "metrics"}
     ends = [records.events.query(where, order_by="id", descending=last, limit=1) for last in (False, True)]
@@ -154,17 +146,22 @@ def learn_speed(records: Records, job: Job, settings: TrainSettings, now: float)
     if steps < 1:
         return []
     training_s = (last.created_at - first.created_at) * usage.steps / steps
-    evaluated = 0
+    evaluated = reference = 0
     if job.estimate is not None and job.estimate.tokens:
         evaluated = round(job.estimate.evaluated_tokens * usage.tokens / job.estimate.tokens)
+        reference = job.estimate.reference_tokens
+    work = Work(usage.tokens, evaluated, usage.steps, is_recomputed(job.settings))
+    # The reference was computed before the first step, as fast as what is scored in between.
+    training_s *= 1 + SCORED_SHARE * reference / max(1.0, work.tokens_like)
     speed = Speed(
         id=job.id,
         owner=job.owner,
         kind=kind_of(job.spec, job.settings, settings),
         created_at=now,
         tokens=usage.tokens,
-        evaluated_tokens=evaluated,
+        evaluated_tokens=evaluated + reference,
         steps=usage.steps,
+        is_recomputed=work.is_recomputed,
         seconds=usage.seconds,
         fixed_s=max(0.0, usage.seconds - training_s),
         memory_bytes=usage.memory_bytes,
@@ -184,7 +181,10 @@ def describe_estimate(found: Estimate, settings: TrainSettings) -> str:
     if found.memory_bytes:
         parts.append(_size(found.memory_bytes))
     if found.cost is not None:
-        parts.append(f"{_money(found.cost)} {settings.currency}")
+        bounds = (
+            f" ({_money(found.cost_low)} to {_money(found.cost_high)})" if found.cost_low and found.cost_high else ""
+        )
+        parts.append(f"{_money(found.cost)} {settings.currency}{bounds}")
     return f"Estimate: {', '.join(parts)}; from {found.based_on}"
 
 
@@ -199,27 +199,6 @@ def describe_usage(usage: Usage, before: Estimate | None, settings: TrainSetting
         return f"Took {', '.join(parts)}"
     against = f"{abs(error):.0%} {'more' if error > 0 else 'less'} than estimated, {_time_range(before)}"
     return f"Took {', '.join(parts)}; {against}"
-
-
-def _work(tokens: int, evaluated_tokens: int) -> float:
-    return tokens + SCORED_SHARE * evaluated_tokens
-
-
-def _alike(planned: Planned, speeds: Sequence[Speed]) -> list[Speed]:
-    step = planned.tokens / max(1, planned.steps)
-    near = [s for s in speeds if 1 / LIKE_STEPS <= (s.tokens / max(1, s.steps)) / max(1.0, step) <= LIKE_STEPS]
-    return near or list(speeds)
-
-
-def _fit(work: float, speeds: Sequence[Speed]) -> tuple[float, float]:
-    """Seconds for so much work, and the factor that bounds nine of ten either way."""
-    works = [max(1.0, _work(speed.tokens, speed.evaluated_tokens)) for speed in speeds]
-    fixed = statistics.median(speed.fixed_s for speed in speeds)
-    rate = statistics.median((s.seconds - s.fixed_s) / w for s, w in zip(speeds, works, strict=True))
-    misses = [math.log(max(0.1, s.seconds) / (fixed + rate * w)) for s, w in zip(speeds, works, strict=True)]
-    jobs = len(speeds)
-    variance = (PRIOR_JOBS * PRIOR_SPREAD**2 + sum(miss**2 for miss in misses)) / (PRIOR_JOBS + jobs)
-    return fixed + rate * work, math.exp(TAIL * math.sqrt(variance * (1 + 1 / jobs)))
 
 
 def _jobs_like_it(speeds: Sequence[Speed]) -> str:

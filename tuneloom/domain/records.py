@@ -129,7 +129,7 @@ class Progress(Record):
     It is the fence: each commit of a trainer replaces this record at the revision that the trainer wrote last. A new
     attempt replaces it first, so that a zombie fails at its next write. `logged_step` is the last step whose metrics
     are in the events, so that a resumed run does not repeat them. `seconds` counts what all attempts have trained,
-    `memory_bytes` the most that one of them held. `outcome` is the trainer's last word.
+    `starts` their processes, `memory_bytes` the most that one of them held. `outcome` is the trainer's last word.
     """
 
     collection: ClassVar[str] = "progress"
@@ -144,6 +144,7 @@ class Progress(Record):
     resolved: Hyperparameters | None = None
     settings: tuple[Setting, ...] = ()
     seconds: float = 0.0
+    starts: int = 0
     memory_bytes: int = 0
     outcome: Literal["published", "paused", "cancelled", "failed"] | None = None
     error: JobError | None = None
@@ -153,7 +154,8 @@ class Speed(Record):
     """How fast a job ran that was never interrupted; its id is the job id. Estimates of later jobs are made from it.
 
     `kind` names what speed depends on: base, method, number formats, device. Of `seconds`, `fixed_s` went by before
-    the first step and after the last. `estimated_s` is what had been estimated from other jobs.
+    the first step and after the last, scoring apart. `evaluated_tokens` are all that were scored; `is_recomputed`:
+    activations were computed twice. `estimated_s` is what had been estimated from other jobs.
     """
 
     collection: ClassVar[str] = "speeds"
@@ -162,6 +164,7 @@ class Speed(Record):
     tokens: int
     evaluated_tokens: int
     steps: int
+    is_recomputed: bool = False
     seconds: float
     fixed_s: float
     memory_bytes: int

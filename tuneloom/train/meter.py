@@ -27,7 +27,8 @@ class Meter:
     def read(self) -> dict[str, Any]:
         """The fields of `Progress`."""
         seconds = self._before.seconds + self._clock() - self._started_at
-        return {"seconds": seconds, "memory_bytes": max(self._before.memory_bytes, peak_memory_bytes())}
+        most = max(self._before.memory_bytes, peak_memory_bytes())
+        return {"seconds": seconds, "starts": self._before.starts + 1, "memory_bytes": most}
 
 
 def peak_memory_bytes() -> int:

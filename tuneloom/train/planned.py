@@ -37,11 +37,14 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the tokens of all its epochs and of all its evaluations, and why it does not fit if it does not."""
+    """A plan, the tokens of all its epochs and of all its evaluations, those of which DPO computes a reference, and why
+    it does not fit if it does not.
+    """
 
     plan: Plan
     tokens: int
     evaluated_tokens: int
+    reference_tokens: int
     memory: dict[str, int]
     base_bytes: int
     refusal: str | None = None
@@ -51,6 +54,7 @@ class Planned:
             "settings": [setting.model_dump(mode="json") for setting in self.plan.settings],
             "tokens": self.tokens,
             "evaluated_tokens": self.evaluated_tokens,
+            "reference_tokens": self.reference_tokens,
             "steps": self.plan.total_steps,
             "memory_bytes": sum(self.memory.values()),
             "memory_parts": self.memory,
@@ -89,6 +93,7 @@ def plan_run(
         plan=plan,
         tokens=training.tokens * plan.n_epochs,
         evaluated_tokens=validation.tokens * _evaluations(plan) if validation.rows else 0,
+        reference_tokens=training.tokens + validation.tokens if spec.method == "dpo" else 0,
         memory=parts,
         base_bytes=base.size_bytes,
         refusal=refusal,
