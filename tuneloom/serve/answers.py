@@ -156,9 +156,9 @@ class CompletionAnswer:
             # A character counts where its first byte is: a token may hold only the rest of one.
             self._offsets[delta.index] += sum((byte & 0xC0) != 0x80 for byte in entry.bytes)
         return {
-            "tokens": [entry.token for entry in delta.logprobs],
+            "tokens": [_name(entry) for entry in delta.logprobs],
             "token_logprobs": [_finite(entry.logprob) for entry in delta.logprobs],
-            "top_logprobs": [{e.token: _finite(e.logprob) for e in (*entry.top, entry)} for entry in delta.logprobs],
+            "top_logprobs": [{_name(e): _finite(e.logprob) for e in (*entry.top, entry)} for entry in delta.logprobs],
             "text_offset": offsets,
         }
 
@@ -230,6 +230,15 @@ def _logprob(entry: TokenLogprob) -> Json:
 
 def _alternative(entry: TokenLogprob) -> Json:
     return {"token": entry.token, "logprob": _finite(entry.logprob), "bytes": list(entry.bytes)}
+
+
+def _name(entry: TokenLogprob) -> str:
+    """A token where there are no bytes beside it: parts of characters, alike as text, are told apart."""
+    data = bytes(entry.bytes)
+    try:
+        return data.decode() if data else entry.token
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _finite(logprob: float) -> float:
