@@ -79,12 +79,20 @@ def test_what_is_public_is_not(address):
     assert pick_addresses(parts, allow_private=False, resolve=lambda host, _: [host]) == [address]
 
 
-@pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "127.1", "017700000001", "localhost", "0"])
+@pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "127.1", "017700000001", "localhost", "0", "127.0.0.1."])
 def test_other_spellings_of_loopback_are_seen_through(host):
-    """By the resolver of the system, which is asked as it is asked when something is sent."""
-    parts = check_url(f"https://{host}/", allow_private=False)
+    """At once, and by the resolver of the system, which is asked as it is asked when something is sent."""
+    with pytest.raises(NotAllowed, match="its host is not a public address"):
+        check_url(f"https://{host}/", allow_private=False)
     with pytest.raises(NotAllowed, match="does not resolve to a public address"):
-        pick_addresses(parts, allow_private=False)
+        pick_addresses(outbound.urlsplit(f"https://{host}/"), allow_private=False)
+
+
+@pytest.mark.parametrize("host", ["metadata", "metadata.google.internal", "LocalHost.", "a.localhost", "printer.local"])
+def test_names_that_are_inside_by_their_form_are_refused_at_once(host):
+    with pytest.raises(NotAllowed, match="its host is not a public address"):
+        check_url(f"https://{host}/", allow_private=False)
+    assert check_url(f"https://{host}/", allow_private=True).hostname == host.lower()
 
 
 def test_an_unknown_name_is_answered_like_one_inside():

@@ -24,6 +24,8 @@ FIRST_FREE_PORT = 1024
 # What one address may take of the time, so that another can be tried.
 CONNECT_S = 5.0
 _PORTS = {"https": 443, "http": 80}
+# The last parts of names that are nobody's on the internet (RFC 6761, 6762; ICANN's choice for private use).
+_INSIDE = frozenset({"localhost", "local", "internal", "localdomain"})
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], list[str]]
@@ -105,7 +107,7 @@ def check_url(url: str, *, allow_private: bool, param: str = "url") -> SplitResu
         if port != 443 and port < FIRST_FREE_PORT:
             raise refuse(f"port {port} is not allowed; use 443 or one from {FIRST_FREE_PORT} up")
         address = _literal(host)
-        if address is not None and not is_public(address):
+        if (address is not None and not is_public(address)) or (address is None and _is_inside(host)):
             raise refuse("its host is not a public address")
     return parts
 
@@ -235,7 +237,18 @@ def _read(response: http.client.HTTPResponse) -> Answer:
 
 
 def _literal(host: str) -> Address | None:
+    """The address that a host is, in any spelling that resolvers take for one: `127.1`, `0x7f000001`, `2130706433`."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:
+        pass
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host.rstrip(".")))
+    except OSError:
         return None
+
+
+def _is_inside(host: str) -> bool:
+    """Whether a name is one that no public resolver knows. Others tell when they are resolved."""
+    *rest, last = host.rstrip(".").split(".")
+    return not rest or last in _INSIDE
