@@ -509,6 +509,8 @@ def test_the_tables_of_operators_hold_what_the_api_tells():
     _, (one, two) = replica_rows(base)
     assert one[:8] == ["r1", "batched", "cpu bfloat16", "4", "2 (1,234 tokens)", "12.5 ms", "160", "10 of 1,000 tokens"]
     assert one[8] == "75 %" and two[:2] == ["r2", "Silent."]
+    details |= {"mode": "one at a time", "reason": "MambaForCausalLM carries a state"}
+    assert replica_rows(base)[1][0][1] == "one at a time: MambaForCausalLM carries a state"
     assert tier_rows(base)[1] == [["r1", "host", "2", "2.0 MB", "3.0 MB", "3", "1", "75 %", "5", "6"]]
     assert adapter_rows(base)[1][0][:7] == ["r1", "a" * 12, "eve/bot@v1", "slot", "9.8 MB", "1", "yes"]
     assert pin_rows(base)[1] == [["eve/bot@v1", "a" * 64]]

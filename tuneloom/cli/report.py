@@ -183,7 +183,7 @@ def _replica_row(replica: dict[str, Any]) -> list[str]:
     prefix = details.get("prefix_cache", {"hit_tokens": 0, "query_tokens": 0})
     return [
         replica["id"],
-        details.get("mode", "-"),
+        ": ".join(filter(None, (details.get("mode", "-"), details.get("reason")))),
         f"{details.get('device', '?')} {details.get('dtype', '?')}",
         str(replica["running"]),
         f"{replica['waiting']} ({replica['waiting_tokens']:,} tokens)",
