@@ -23,7 +23,9 @@ import yaml
 from tuneloom import bases, cluster, config, ports, up
 from tuneloom.cluster import ClusterError, ClusterState
 from tuneloom.config import BaseSettings, Settings
+from tuneloom.control import audit, keys
 from tuneloom.serve.guard import PROXY_ENVIRONMENT
+from tuneloom.store import open_store
 
 BASE = "tiny/llama"
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -237,6 +239,13 @@ def test_the_admin_key_is_made_once_and_again_only_when_it_is_of_no_use(tmp_path
     second, is_new = up.ensure_admin_key(settings)
     assert is_new and second != first
 
+    store = open_store(settings)
+    (key,) = keys.list_keys(store.records)
+    keys.update(store.records, key.id, lambda key: key.model_copy(update={"expires_at": 1.0}), audit.cli_actor())
+    store.close()
+    third, is_new = up.ensure_admin_key(settings)
+    assert is_new and third != second
+
 
 def test_what_changed_in_the_settings_since_they_were_deployed_is_named(tmp_path: Path):
     def load(**parts: object) -> config.Settings:
@@ -396,13 +405,13 @@ def test_a_second_up_says_that_it_is_running_and_touches_nothing(home: Home):
 
 @pytest.mark.cluster
 def test_a_second_up_says_which_settings_it_does_not_apply(home: Home):
-    assert "config.yaml has changed" not in home.succeed("up") + home.succeed("status")
+    assert "settings have changed" not in home.succeed("up") + home.succeed("status")
     path = home.path / "config.yaml"
     before = path.read_text()
     try:
         path.write_text(yaml.safe_dump({**yaml.safe_load(before), "usage": {"retention_days": 300}}))
         for command in ("up", "status"):
-            assert "config.yaml has changed (`usage`)" in home.succeed(command)
+            assert "settings have changed (`usage`)" in home.succeed(command)
         assert json.loads(home.succeed("status", "--json"))["unused_settings"] == ["usage"]
     finally:
         path.write_text(before)

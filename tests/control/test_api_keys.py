@@ -166,12 +166,37 @@ def test_nobody_gains_a_model_by_a_key(api):
     add_version(api.store)
     add_version(api.store, name="cat")
     narrow = "ada:account,inference:bot"
-    for models in ([], ["cat"], ["bot", "cat"]):
-        assert_error(api.post(KEYS, json={"scopes": ["inference"], "models": models}, key=narrow), 403, "models")
+    assert_error(api.post(KEYS, json={"scopes": ["inference"]}, key=narrow), 403, "models")
+    for models in (["cat"], ["bot", "cat"], [BASE]):
+        refused = api.post(KEYS, json={"scopes": ["inference"], "models": models}, key=narrow)
+        absent = api.post(KEYS, json={"scopes": ["inference"], "models": [*models[:-1], "none"]}, key=narrow)
+        assert refused.status_code == 400
+        assert refused.content == absent.content.replace(b"`none`", f"`{models[-1]}`".encode())
     made = make(api, narrow, scopes=["inference"], models=["bot"])
     assert_error(api.post(f"{KEYS}/{made['id']}", json={"models": []}, key=narrow), 403, "models")
-    wide = make(api, ADA, scopes=["inference"])
-    assert_error(api.post(f"{KEYS}/{wide['id']}/rotate", json={}, key=narrow), 403, "models")
+
+
+def test_a_key_for_some_models_sees_no_key_that_is_for_others(api):
+    add_version(api.store)
+    add_version(api.store, name="cat")
+    narrow = "ada:account,inference:bot"
+    mine = make(api, narrow, scopes=["inference"], models=["bot"])
+    assert api.get(f"{KEYS}/{mine['id']}", key=narrow).json()["id"] == mine["id"]
+    for models in ([], ["cat"], ["bot", "cat"]):
+        wide = make(api, ADA, name="secret", scopes=["inference"], models=models)["id"]
+        for method, path, body in (
+            ("GET", "", None),
+            ("POST", "", {"name": "x"}),
+            ("POST", "/rotate", {}),
+            ("POST", "/revoke", None),
+            ("DELETE", "", None),
+        ):
+            more = {} if body is None else {"json": body}
+            hidden = api.call(method, f"{KEYS}/{wide}{path}", key=narrow, **more)
+            absent = api.call(method, f"{KEYS}/key_none{path}", key=narrow, **more)
+            assert hidden.status_code == 404 and hidden.content == absent.content.replace(b"key_none", wide.encode())
+    for path in (KEYS, f"{MODELS}/bot/keys"):
+        assert [key["id"] for key in api.get(path, key=narrow).json()["data"]] == [mine["id"]]
 
 
 def test_a_key_is_for_models_of_its_owner_and_for_bases(api):

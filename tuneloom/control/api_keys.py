@@ -15,11 +15,12 @@ from starlette.routing import Route
 from tuneloom.control import audit, key_fields, keys, repeat
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, check_may_use, in_thread
-from tuneloom.control.key_rights import check_covers, owner_of
+from tuneloom.control.key_rights import check_covers, may_see, owner_of
 from tuneloom.control.keys import Minted
 from tuneloom.domain import ApiKey, Principal, Rates, model_id
 from tuneloom.errors import MissingParameter, ModelNotFound
 from tuneloom.store.base import Write
+from tuneloom.store.records import Stored
 
 
 class CreateKey(Body):
@@ -99,7 +100,7 @@ class KeysApi:
         principal = caller(request)
         model = self._find_model(principal, owner, request.path_params["name"])
         found = keys.list_keys(self._records, owner or principal.owner)
-        return _show_list([key for key in found if model in key.models])
+        return _show_list([key for key in found if model in key.models and may_see(principal, key)])
 
     def _find_model(self, principal: Principal, owner: str | None, name: str) -> str:
         """The Model of that bare name, or the id of the base; what is not for the caller's key is not there."""
@@ -122,7 +123,7 @@ class KeysApi:
             name=body.name,
             scopes=body.scopes,
             expires_in=body.expires_in,
-            models=self._models(owner, body.models),
+            models=self._models(principal, owner, body.models),
             rates=body.rates,
         )
         check_covers(principal, minted.key)
@@ -135,37 +136,42 @@ class KeysApi:
         return repeat.create_once(self._records, asked, make, lambda id: self._reissue(request, id))
 
     async def list_keys(self, request: Request) -> Response:
-        owner = owner_of(caller(request), request.query_params.get("owner"))
+        principal = caller(request)
+        owner = owner_of(principal, request.query_params.get("owner"))
         found = await in_thread(keys.list_keys, self._records, owner)
-        return JSONResponse(_show_list(found))
+        return JSONResponse(_show_list([key for key in found if may_see(principal, key)]))
 
     async def retrieve(self, request: Request) -> Response:
-        stored = await in_thread(
-            keys.find_key, self._records, request.path_params["id"], owner_of(caller(request), None)
-        )
+        stored = await in_thread(self._find, caller(request), request.path_params["id"])
         return JSONResponse(show_key(stored.value))
 
-    async def update(self, request: Request) -> Response:
-        owner = owner_of(caller(request), None)
-        raw = await self._read(request)
-        return JSONResponse(show_key(await in_thread(self._update, request, owner, raw)))
+    def _find(self, principal: Principal, id: str) -> Stored[ApiKey]:
+        stored = keys.find_key(self._records, id, owner_of(principal, None))
+        if not may_see(principal, stored.value):
+            raise keys.no_such_key(id)
+        return stored
 
-    def _update(self, request: Request, owner: str | None, raw: bytes) -> ApiKey:
+    async def update(self, request: Request) -> Response:
+        owner_of(caller(request), None)
+        raw = await self._read(request)
+        return JSONResponse(show_key(await in_thread(self._update, request, raw)))
+
+    def _update(self, request: Request, raw: bytes) -> ApiKey:
         id, principal = request.path_params["id"], caller(request)
-        keys.find_key(self._records, id, owner)
+        self._find(principal, id)
         body = parse(UpdateKey, raw)
         if not body.model_fields_set:
             raise MissingParameter("Name what to change: `name`, `models`, `rates` or `expires_in`.")
 
         def change(key: ApiKey) -> ApiKey:
             check_covers(principal, key)
-            after = key.model_copy(update=self._changed(key, body))
+            after = key.model_copy(update=self._changed(principal, key, body))
             check_covers(principal, after)
             return after
 
         return self._forgotten(keys.update(self._records, id, change, audit.actor_of(request)))
 
-    def _changed(self, key: ApiKey, body: UpdateKey) -> dict[str, Any]:
+    def _changed(self, principal: Principal, key: ApiKey, body: UpdateKey) -> dict[str, Any]:
         named, changed = body.model_fields_set, {}
         if "name" in named:
             changed["name"] = key_fields.check_name(body.name)
@@ -174,31 +180,30 @@ class KeysApi:
         if "expires_in" in named:
             changed["expires_at"] = key_fields.expiry(body.expires_in, time.time())
         if "models" in named:
-            changed["models"] = key_fields.check_reach(self._models(key.owner, body.models), key.scopes)
+            changed["models"] = key_fields.check_reach(self._models(principal, key.owner, body.models), key.scopes)
         return changed
 
     async def revoke(self, request: Request) -> Response:
-        owner = owner_of(caller(request), None)
-        return JSONResponse({**show_key(await in_thread(self._revoke, request, owner)), "deleted": True})
+        return JSONResponse({**show_key(await in_thread(self._revoke, request)), "deleted": True})
 
-    def _revoke(self, request: Request, owner: str | None) -> ApiKey:
+    def _revoke(self, request: Request) -> ApiKey:
         id, principal = request.path_params["id"], caller(request)
-        keys.find_key(self._records, id, owner)
+        self._find(principal, id)
         actor = audit.actor_of(request)
         return self._forgotten(keys.revoke(self._records, id, actor, lambda key: check_covers(principal, key)))
 
     async def rotate(self, request: Request) -> Response:
-        owner = owner_of(caller(request), None)
+        owner_of(caller(request), None)
         raw = await self._read(request)
-        return _show_secret(await in_thread(self._rotate, request, owner, raw))
+        return _show_secret(await in_thread(self._rotate, request, raw))
 
-    def _rotate(self, request: Request, owner: str | None, raw: bytes) -> Minted:
+    def _rotate(self, request: Request, raw: bytes) -> Minted:
         id, principal, actor = request.path_params["id"], caller(request), audit.actor_of(request)
-        keys.find_key(self._records, id, owner)
+        self._find(principal, id)
         overlap = parse(RotateKey, raw).overlap
 
         def make() -> tuple[str, Minted, list[Write]]:
-            stored = keys.find_key(self._records, id, owner)
+            stored = self._find(principal, id)
             check_covers(principal, stored.value)
             minted, writes = keys.draft_rotation(self._records, self._context.pepper, stored, overlap, actor)
             return id, minted, writes
@@ -210,7 +215,7 @@ class KeysApi:
 
     def _reissue(self, request: Request, id: str) -> Minted:
         """What a repetition is answered with: the same key, and a secret in the place of the one that nobody saw."""
-        stored = keys.find_key(self._records, id, owner_of(caller(request), None))
+        stored = self._find(caller(request), id)
         check_covers(caller(request), stored.value)
         return keys.reissue(self._records, self._context.pepper, id, audit.actor_of(request))
 
@@ -219,8 +224,9 @@ class KeysApi:
         self._context.forget_key(key.id)
         return key
 
-    def _models(self, owner: str, names: list[str]) -> tuple[str, ...]:
-        return key_fields.check_models(self._records, owner, names, self._context.find_base_id)
+    def _models(self, principal: Principal, owner: str, names: list[str]) -> tuple[str, ...]:
+        find_base, may_use = self._context.find_base_id, principal.may_use
+        return key_fields.check_models(self._records, owner, names, find_base, may_use)
 
     async def _read(self, request: Request) -> bytes:
         return await read_json(request, self._context.settings.gateway.max_body_bytes) or b"{}"

@@ -45,8 +45,16 @@ def parse_overlap(value: str | int | None) -> float:
     return parse_duration(value, param="overlap", most_s=MAX_OVERLAP_S, most="90 days") or 0.0
 
 
-def check_models(records: Records, owner: str, names: Collection[str], find_base: FindBase) -> tuple[str, ...]:
+def check_models(
+    records: Records,
+    owner: str,
+    names: Collection[str],
+    find_base: FindBase,
+    may_use: Callable[[str], bool] = lambda name: True,
+) -> tuple[str, ...]:
     """The names of what a key shall be for, a base by its id; each is a Model of the owner or a base that is served.
+
+    What the caller `may_use` not looks absent.
 
     Raises:
         InvalidRequest: one is neither.
@@ -56,7 +64,8 @@ def check_models(records: Records, owner: str, names: Collection[str], find_base
     found = []
     for name in names:
         base = find_base(name)
-        if base is None and records.models.find(model_id(owner, name)) is None:
+        is_there = base is not None or records.models.find(model_id(owner, name)) is not None
+        if not is_there or not may_use(base or name):
             raise InvalidRequest(
                 f"`models`: there is no model or base `{name[:200]}`. Use the plain names of models, such as "
                 "`support-bot`: the key then reaches each of their versions.",

@@ -21,6 +21,11 @@ def owner_of(principal: Principal, wanted: str | None) -> str | None:
     return principal.owner
 
 
+def may_see(principal: Principal, key: ApiKey) -> bool:
+    """Whether the key is about nothing that the caller's own is not for."""
+    return "admin" in principal.scopes or not principal.models or _is_within(principal, key)
+
+
 def check_covers(principal: Principal, key: ApiKey) -> None:
     """Refuse a key that may do what the caller may not.
 
@@ -32,8 +37,12 @@ def check_covers(principal: Principal, key: ApiKey) -> None:
     more = [scope for scope in key.scopes if scope not in principal.scopes]
     if more:
         raise PermissionDenied(f"The key has or would have the scope `{more[0]}`, which yours lacks.", param="scopes")
-    if principal.models and not (key.models and set(key.models) <= set(principal.models)):
+    if principal.models and not _is_within(principal, key):
         allowed = ", ".join(f"`{name}`" for name in principal.models)
         raise PermissionDenied(
             f"Your key is only for {allowed}; another one must be for these or fewer.", param="models"
         )
+
+
+def _is_within(principal: Principal, key: ApiKey) -> bool:
+    return bool(key.models) and set(key.models) <= set(principal.models)

@@ -205,8 +205,12 @@ def find_key(records: Records, id: str, owner: str | None = None) -> Stored[ApiK
     """A key, of `owner` if one is given. Raises NotFound alike for what is foreign and what is absent."""
     stored = records.keys.find(id)
     if stored is None or owner not in (None, stored.value.owner):
-        raise NotFound(f"No such key: `{id[:200]}`.", param="id")
+        raise no_such_key(id)
     return stored
+
+
+def no_such_key(id: str) -> NotFound:
+    return NotFound(f"No such key: `{id[:200]}`.", param="id")
 
 
 def target_of(key: ApiKey) -> AuditTarget:

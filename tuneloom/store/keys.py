@@ -36,6 +36,10 @@ class Found:
     def is_previous(self) -> bool:
         return self.hash != self.key.hash
 
+    def works(self, at: float) -> bool:
+        """Whether this secret of the key is good at that time."""
+        return self.key.revoked_at is None and (self.ends_at is None or at < self.ends_at)
+
 
 def find_secret(records: Records, hashes: Sequence[Hashed]) -> Found | None:
     """The key of a secret by the forms in which it may be stored, the likeliest first. It may be revoked or expired."""
