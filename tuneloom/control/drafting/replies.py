@@ -12,7 +12,10 @@ from tuneloom.rows import Scan
 from tuneloom.rows.fields import Wrong
 from tuneloom.rows.parse import parse
 
-_DECODER = json.JSONDecoder()
+# A model may write a line end in a string as it is.
+_DECODER = json.JSONDecoder(strict=False)
+# What a reasoning model says before its answer; all of it where the answer did not come.
+_THOUGHT = re.compile(r"\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 _ENVELOPES = ("rows", "data", "examples", "items", "dataset", "samples", "conversations", "results")
 
@@ -79,8 +82,9 @@ def _items(text: str, reply: Reply) -> tuple[list[Any], bool]:
         return _unwrapped(json.loads(stripped)), False
     except (ValueError, RecursionError):
         pass
-    if fenced := _FENCE.search(stripped):
-        stripped = fenced[1].strip()
+    stripped = _THOUGHT.sub("", stripped, count=1) if _THOUGHT.match(stripped) else stripped
+    if fenced := _FENCE.findall(stripped):
+        stripped = "\n".join(fenced)
     items, is_whole = _whole_items(stripped)
     if not is_whole or not items:
         # The row that was cut off, or the reply that is no JSON at all.
@@ -121,7 +125,7 @@ def _whole_items(text: str) -> tuple[list[Any], bool]:
         return _objects(text, at)
     items = _unwrapped(whole)
     more, is_whole = _objects(text, end)
-    return [*items, *more], is_whole
+    return [*items, *(item for each in more for item in _unwrapped(each))], is_whole
 
 
 def _objects(text: str, at: int) -> tuple[list[Any], bool]:
@@ -145,8 +149,11 @@ def _row(format_: DraftFormat, item: dict[str, Any]) -> tuple[dict[str, Any] | N
         messages, was_changed = _messages(fields.get("messages"))
         if messages is None:
             return None, "wrong_shape"
-        if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+        if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
             return None, "no_answer"
+        said = [message["content"].strip() for message in messages if message["role"] == "user"]
+        if not all(said) or not said:
+            return None, ("empty" if said else "wrong_shape")
         fields, was_repaired = {"messages": messages}, was_repaired or was_changed
     else:
         for name, value in fields.items():
