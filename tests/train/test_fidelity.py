@@ -165,10 +165,11 @@ def test_a_quantised_run_is_compared_with_the_base_as_it_is_served(lab: Lab, qua
     assert 1e-3 < found.max_difference < found.tolerance
 
 
-def test_bf16_is_compared_within_its_own_tolerance(lab: Lab) -> None:
-    options = TrainOptions(rank=4, learning_rate=5e-3, precision="bf16")
+@pytest.mark.parametrize(("precision", "least", "most"), [("bf16", 1e-4, 0.5), ("fp16", 1e-5, 0.05)])
+def test_16_bits_are_compared_within_their_own_tolerance(lab: Lab, precision: Any, least: float, most: float) -> None:
+    options = TrainOptions(rank=4, learning_rate=5e-3, precision=precision)
     found = published(lab, lab.add_job(options=options, **FAST)).fidelity
-    assert found is not None and found.precision == "bf16" and 1e-4 < found.max_difference < 0.5
+    assert found is not None and found.precision == precision and least < found.max_difference < most
 
 
 def test_rows_that_are_held_out_or_cut_are_no_difference(lab: Lab) -> None:

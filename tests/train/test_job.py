@@ -10,6 +10,8 @@ from tests.train.conftest import Lab
 from tuneloom.config import Settings, TrainSettings
 from tuneloom.domain import Estimate
 from tuneloom.train import job
+from tuneloom.train.failure import BaseUnreadable
+from tuneloom.train.team import StartAgain
 
 CODE = """
 import os, threading
@@ -72,3 +74,21 @@ def test_ray_keeps_memory_for_a_worker_where_there_are_several_nodes(lab: Lab, m
     what = {"tokens": 1, "steps": 1, "seconds": 1, "seconds_low": 1, "seconds_high": 1, "based_on": "nothing"}
     asked = lab.change_job(lab.add_job().id, estimate=Estimate(memory_bytes=9_000_000_000, **what))
     assert job.resources_of(train, asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        ([BaseUnreadable.of("a/b", "no such file"), StartAgain()], "base_unreadable"),
+        ([StartAgain(), MemoryError()], "out_of_memory"),
+        ([StartAgain(), OSError("killed")], "worker_lost"),
+        ([], "worker_lost"),
+    ],
+)
+def test_the_reason_of_a_worker_without_a_voice_is_that_of_the_job(tmp_path, raised, code):
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    failures = {rank: UserExceptionWithTraceback(error, "...") for rank, error in enumerate(raised)}
+    found = job.describe_end(WorkerGroupError("workers failed", failures), Settings(home=tmp_path))
+    assert found.code == code

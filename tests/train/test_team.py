@@ -12,10 +12,15 @@ import pytest
 import torch
 
 from tests.train import test_dpo, test_lora
+from tests.train.conftest import Lab
 from tests.train.test_lora import plan_for, train
 from tuneloom.bases import Base
+from tuneloom.domain import TrainOptions
+from tuneloom.train.attempt import run_attempt
 from tuneloom.train.data import Tokens
+from tuneloom.train.lora import LoraTrainer
 from tuneloom.train.plan import Plan
+from tuneloom.train.team import StartAgain, Team
 
 base, tokens = test_lora.base, test_lora.tokens
 
@@ -45,9 +50,8 @@ def compute(rank: int, task: Task) -> tuple[dict[str, torch.Tensor], list[dict[s
 
     from tests.train.test_dpo import Losses
     from tuneloom.train.dpo import PreferenceTrainer, pair_lengths
-    from tuneloom.train.lora import Batches, EndsTogether, LoraTrainer
+    from tuneloom.train.lora import Batches, EndsTogether
     from tuneloom.train.models import add_lora, load_base, load_tokenizer
-    from tuneloom.train.team import Team
 
     def share(address: str) -> str:
         return f"file://{task.folder}/meet"
@@ -131,3 +135,73 @@ def test_preferences_have_the_losses_and_rewards_of_one_process(base: Base, tmp_
     for name in ("loss", "train_reward_margin", "train_reward_accuracy"):
         np.testing.assert_allclose(of(name, logs), of(name, alone.logs), atol=1e-4, rtol=1e-4, err_msg=name)
     assert of("loss", others) == of("loss", logs)
+
+
+class Duo(Team):
+    """The leader of two, the other of which computes nothing and waits for ever."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def part(self, rows: Any) -> Any:
+        return rows
+
+    def tell(self, value: Any = None) -> Any:
+        return value
+
+    def total(self, number: float) -> float:
+        return number
+
+    def means(self, values: dict[str, float], weight: float) -> dict[str, float]:
+        return values
+
+    def add_gradients(self, parameters: Any) -> None:
+        pass
+
+
+def test_out_of_memory_starts_all_of_a_team_again_with_less_at_a_time(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = TrainOptions(rank=4, precision="fp32", learning_rate=5e-3)
+    job, original = lab.add_job(options=options), LoraTrainer.compute_loss
+
+    def compute_loss(self: LoraTrainer, model: Any, inputs: dict[str, Any], *more: Any, **names: Any) -> Any:
+        if int((inputs["position_ids"] == 0).sum()) > 2:
+            torch.empty(1 << 55)
+        return original(self, model, inputs, *more, **names)
+
+    monkeypatch.setattr(LoraTrainer, "compute_loss", compute_loss)
+    with pytest.raises(StartAgain):
+        run_attempt(lab.settings, job.id, 1, None, Duo())
+    assert lab.progress(job.id).outcome is None
+
+    assert run_attempt(lab.settings, job.id, 1, None, Duo()) == "published"
+
+    (warned,) = [event.message for event in lab.events(job.id) if event.level == "warn"]
+    assert warned.startswith("The memory was not enough: 2 of the 4 rows")
+    assert lab.steps(job.id) == list(range(1, 13))
+
+
+LEAVES = """
+import sys
+from tuneloom.train.team import Left, Team
+team = Team.meet(int(sys.argv[1]), 2, "127.0.0.1", lambda _: sys.argv[2])
+assert team.total(team.rank + 1) == 3
+if team.leads:
+    team.leave()
+else:
+    try:
+        team.tell()
+    except Left:
+        print("left alone")
+"""
+
+
+def test_who_waits_for_a_leader_that_leaves_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LEAVES]
+    processes = [
+        subprocess.Popen([*command, str(rank), f"file://{tmp_path}/meet"], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=540)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and "left alone" in outputs[1]

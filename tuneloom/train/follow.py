@@ -43,7 +43,8 @@ def follow(settings: Settings, job_id: str, team: Team) -> None:
         folder = Path(tempfile.mkdtemp(prefix=f"rank-{team.rank}-", dir=_parent(settings, job_id)))
         try:
             task = team.tell()
-            inputs = read_inputs(store, job, base, folder)
+            # On the leader's machine its tokens are there; on another nothing may stay.
+            inputs = read_inputs(store, job, base, folder.parent if any(folder.parent.glob("tokens-*")) else folder)
             _learn(settings, job, base, inputs, task, folder, team)
         except Left:
             return

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tuneloom.config import Settings, TrainSettings, load
-from tuneloom.domain import Job, Progress
+from tuneloom.domain import Job, JobError, Progress
+from tuneloom.errors import TuneloomError
 from tuneloom.store import Store
 from tuneloom.train.environment import WORKER_ENVIRONMENT
-from tuneloom.train.failure import describe, worker_lost
+from tuneloom.train.failure import describe, is_out_of_memory, worker_lost
 from tuneloom.train.folders import run_folder, stop_file
 from tuneloom.train.progress import HEARTBEAT_S, FenceLost, Voice
 from tuneloom.train.tail import Tail
@@ -253,14 +254,23 @@ def _last_word(settings: Settings, voice: Voice, run: _Run, tail: Tail, say: Cal
     progress = voice.last_word()
     if progress.outcome is None:
         error = run.error
-        is_lost = error is None or type(error).__name__ == "WorkerGroupError"
-        failure = worker_lost(MAX_WORKER_DEATHS + 1) if is_lost else describe(error, settings.home)  # type: ignore[arg-type]
+        failure = describe_end(error, settings)
         if error is not None:
             logger.error("the run broke: %s", error)
         voice.say(stage="failed", outcome="failed", error=failure)
         shutil.rmtree(run_folder(settings, progress.id), ignore_errors=True)
         progress = voice.progress()
     return report(progress, say)
+
+
+def describe_end(error: BaseException | None, settings: Settings) -> JobError:
+    """Why a run of Ray Train has ended without the last word of its leading worker."""
+    if error is not None and type(error).__name__ != "WorkerGroupError":
+        return describe(error, settings.home)
+    # Those that follow have no voice; Ray hands on what they raised.
+    raised = [getattr(each, "_base_exc", each) for each in getattr(error, "worker_failures", {}).values()]
+    told = next((each for each in raised if isinstance(each, TuneloomError) or is_out_of_memory(each)), None)
+    return worker_lost(MAX_WORKER_DEATHS + 1) if told is None else describe(told, settings.home)
 
 
 def report(progress: Progress, say: Callable[[str], None]) -> int:
