@@ -102,6 +102,21 @@ def test_the_client_groups_and_filters(client: OpenAI):
     assert count(models=["none"]) == 0
 
 
+def test_what_openai_tells_apart_and_we_have_one_of_can_be_grouped_by(client: OpenAI):
+    ask = client.admin.organization.usage.completions
+    span: dict[str, Any] = {"start_time": MIDNIGHT, "end_time": MIDNIGHT + DAY}
+    (result,) = ask(**span, group_by=["batch", "service_tier", "api_source"]).data[0].results
+    assert (result.batch, result.service_tier, result.api_source) == (False, "default", "unlabeled")
+    (result,) = ask(**span).data[0].results
+    assert (result.batch, result.service_tier, result.api_source) == (None, None, None)
+    (first, *others) = ask(**span, group_by=["model", "batch"]).data[0].results
+    assert (first.model, first.batch, len(others)) == ("bot@v1", False, 2)
+    assert ask(**span, batch=False).data[0].results[0].input_tokens == 1130
+    assert ask(**span, batch=True).data[0].results == []
+    (cost, *_) = client.admin.organization.usage.costs(**span, group_by=["api_source"]).data[0].results
+    assert cost.api_source == "unlabeled"
+
+
 def test_the_client_turns_pages_of_hours(client: OpenAI):
     ask = client.admin.organization.usage.completions
     options: dict[str, Any] = {"start_time": MIDNIGHT, "end_time": MIDNIGHT + DAY, "bucket_width": "1h", "limit": 7}
@@ -203,8 +218,9 @@ def test_the_currency_is_that_of_the_settings(store: Store, tmp_path: Any):
         (COMPLETIONS, {"start_time": NOON, "limit": 32}, "limit", "1 to 31"),
         (COMPLETIONS, {"start_time": NOON, "limit": 0}, "limit", "1 to 31"),
         (COMPLETIONS, {"start_time": NOON, "bucket_width": "1h", "limit": 169}, "limit", "1 to 168"),
-        (COMPLETIONS, {"start_time": NOON, "group_by": "batch"}, "group_by", "`project_id`"),
-        (COMPLETIONS, {"start_time": NOON, "batch": "true"}, "batch", "Unknown"),
+        (COMPLETIONS, {"start_time": NOON, "group_by": "size"}, "group_by", "`project_id`"),
+        (COMPLETIONS, {"start_time": NOON, "batch": "maybe"}, "batch", "`true` or `false`"),
+        (COSTS, {"start_time": NOON, "batch": "true"}, "batch", "Unknown"),
         (COMPLETIONS, {"start_time": NOON, "page": "page_1"}, "page", "next_page"),
         (COMPLETIONS, {"start_time": NOON, "page": "x"}, "page", "next_page"),
         (COMPLETIONS, {"start_time": NOON, "models[]": ["m"] * 101}, "models", "100"),

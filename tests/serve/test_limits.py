@@ -104,6 +104,19 @@ async def test_tokens_have_headers_and_a_type_of_their_own(opened: Open) -> None
     assert "tokens per minute: Limit 1000, Used 964, Requested 606" in error["message"]
 
 
+async def test_the_owners_tokens_are_told_as_the_projects(opened: Open) -> None:
+    service = opened(key=rates(tokens=300), owner=Allowance(rates=rates(100, tokens=1000)))
+    answered = await ask(service, service.key(), max_tokens=100)
+    refused = await ask(service, service.key(), max_tokens=1000)
+    # Seven were used in the end, and the refused took none.
+    for answer, left in ((answered, "894"), (refused, "993")):
+        assert answer.headers["x-ratelimit-limit-tokens"] == "300"
+        assert answer.headers["x-ratelimit-limit-project-tokens"] == "1000"
+        assert answer.headers["x-ratelimit-remaining-project-tokens"] == left
+        assert DURATION.fullmatch(answer.headers["x-ratelimit-reset-project-tokens"])
+    assert "x-ratelimit-limit-project-tokens" not in (await ask(opened(key=rates(9)), service.key())).headers
+
+
 async def test_what_never_fits_is_not_tried_again(opened: Open) -> None:
     service = opened(owner=Allowance(rates=rates(tokens=50)))
     key = service.key()
@@ -244,6 +257,23 @@ async def test_anonymous_people_share_the_limits_of_their_address(settings: Sett
     assert [await status("eyJhbmEx", "198.51.100.1") for _ in range(3)] == [200, 200, 429]
     assert [await status("eyJhbmEy", "198.51.100.1") for _ in range(2)] == [200, 429]
     assert await status("eyJhbmEz", "198.51.100.2") == 200
+
+
+async def test_whoever_signs_in_anonymously_again_creates_no_more_from_one_address(
+    settings: Settings, store: Store
+) -> None:
+    limits = LimitsSettings(anonymous_address=rates(3), trusted_proxies=("127.0.0.0/8",))
+    service = make_service(settings.model_copy(update={"limits": limits}), store, people=Anonymous())
+
+    async def status(method: str, person: int, address: str) -> int:
+        async with service.http(f"eyJhbm{person}.x.y") as http:
+            headers = {"x-forwarded-for": address}
+            return (await http.request(method, "/v1/fine_tuning/jobs", json={}, headers=headers)).status_code
+
+    created = [await status("POST", person, "198.51.100.1") for person in range(5)]
+    assert 429 not in created[:3] and created[3:] == [429, 429]
+    assert await status("POST", 9, "198.51.100.2") != 429
+    assert await status("GET", 9, "198.51.100.1") != 429
 
 
 class Anonymous:

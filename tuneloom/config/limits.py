@@ -64,7 +64,7 @@ class LimitsSettings(Section):
     )
     anonymous_address: Rates = Field(
         Rates(requests_per_minute=100, requests_per_day=5000, tokens_per_minute=200_000),
-        description="of all anonymous people behind one address together",
+        description="of all anonymous people behind one address together; costly things count as its requests too",
     )
     refused_per_minute: int = Field(
         300, ge=1, description="wrong keys from one address; beyond it, keys that are not known to be good are refused"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tuneloom.control.context import ApiContext, caller, in_thread
-from tuneloom.control.usage import WIDTHS, Bucket, Group, Question, ask
+from tuneloom.control.usage import WIDTHS, Bucket, Question, ask
 from tuneloom.domain import Amounts, UsageKind
 from tuneloom.errors import InvalidRequest, MissingParameter, UnknownParameter
 from tuneloom.store.records import Records
@@ -18,21 +18,25 @@ from tuneloom.store.records import Records
 # Beyond what a Unix time can be in centuries.
 MAX_TIME = 99_999_999_999
 MAX_VALUES = 100
-LINE_ITEM = "line_item"
+LINE_ITEM, BATCH = "line_item", "batch"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One of the pages. `limits` are, by width, how many buckets a page has without `limit`, and at most."""
+    """One of the pages. `limits` are, by width, how many buckets a page has without `limit`, and at most.
+
+    `same`: what OpenAI can group by that is the same for all that is counted here.
+    """
 
     kinds: tuple[UsageKind, ...]
     limits: Mapping[str, tuple[int, int]]
     groups: tuple[str, ...]
     filters: Mapping[str, str]
-    show: Callable[[Group, Amounts, str], dict[str, Any]]
+    show: Callable[[Mapping[str, Any], Amounts, str], dict[str, Any]]
+    same: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _show_completions(group: Group, amounts: Amounts, currency: str) -> dict[str, Any]:
+def _show_completions(group: Mapping[str, Any], amounts: Amounts, currency: str) -> dict[str, Any]:
     return {
         "object": "organization.usage.completions.result",
         "input_tokens": amounts.input_tokens,
@@ -41,23 +45,21 @@ def _show_completions(group: Group, amounts: Amounts, currency: str) -> dict[str
         "input_audio_tokens": 0,
         "output_audio_tokens": 0,
         "num_model_requests": amounts.requests,
-        **{name: group.get(name) for name in ("project_id", "user_id", "api_key_id", "model")},
-        "batch": None,
-        "service_tier": None,
+        **{name: group.get(name) for name in COMPLETIONS.groups},
     }
 
 
-def _show_costs(group: Group, amounts: Amounts, currency: str) -> dict[str, Any]:
+def _show_costs(group: Mapping[str, Any], amounts: Amounts, currency: str) -> dict[str, Any]:
     return {
         "object": "organization.costs.result",
         "amount": None if amounts.cost is None else {"value": amounts.cost, "currency": currency.lower()},
-        **{name: group.get(name) for name in (LINE_ITEM, "project_id", "user_id", "api_key_id")},
+        **{name: group.get(name) for name in COSTS.groups},
         "quantity": None,
         "quantity_unit": None,
     }
 
 
-def _show_own(group: Group, amounts: Amounts, currency: str) -> dict[str, Any]:
+def _show_own(group: Mapping[str, Any], amounts: Amounts, currency: str) -> dict[str, Any]:
     return {
         "object": "tuneloom.usage.result",
         "num_model_requests": amounts.requests,
@@ -75,19 +77,22 @@ def _show_own(group: Group, amounts: Amounts, currency: str) -> dict[str, Any]:
 EVERYTHING: tuple[UsageKind, ...] = ("inference", "training", "drafting")
 PAGES = {"1h": (24, 168), "1d": (7, 31)}
 OWNERS = {"project_ids": "project_id", "user_ids": "user_id"}
+SAME_SOURCE = {"api_source": "unlabeled"}
 COMPLETIONS = Report(
     ("inference",),
     PAGES,
-    ("project_id", "user_id", "api_key_id", "model"),
+    ("project_id", "user_id", "api_key_id", "model", BATCH, "service_tier", "api_source"),
     {**OWNERS, "api_key_ids": "api_key_id", "models": "model"},
     _show_completions,
+    {BATCH: False, "service_tier": "default", **SAME_SOURCE},
 )
 COSTS = Report(
     EVERYTHING,
     {"1d": (7, 180)},
-    ("project_id", "user_id", "api_key_id", LINE_ITEM),
+    (LINE_ITEM, "project_id", "user_id", "api_key_id", "api_source"),
     {**OWNERS, "api_key_ids": "api_key_id", "line_items": LINE_ITEM},
     _show_costs,
+    SAME_SOURCE,
 )
 OWN = Report(
     EVERYTHING,
@@ -125,27 +130,33 @@ class UsageApi:
 
     async def _answer(self, request: Request, report: Report, owner: str | None = None) -> Response:
         question = _read(request, report, owner)
+        same = {name: report.same[name] for name in _read_groups(request, report) if name in report.same}
         buckets, rest = await in_thread(ask, self._records, question)
         body = {
             "object": "page",
-            "data": [self._show(bucket, report) for bucket in buckets],
+            "data": [self._show(bucket, report, same) for bucket in buckets],
             "has_more": rest is not None,
             "next_page": None if rest is None else f"page_{rest}",
         }
         return JSONResponse(body)
 
-    def _show(self, bucket: Bucket, report: Report) -> dict[str, Any]:
+    def _show(self, bucket: Bucket, report: Report, same: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "object": "bucket",
             "start_time": bucket.start,
             "end_time": bucket.end,
-            "results": [report.show(group, amounts, self._currency) for group, amounts in bucket.groups],
+            "results": [report.show({**group, **same}, amounts, self._currency) for group, amounts in bucket.groups],
         }
 
 
 def _read(request: Request, report: Report, owner: str | None) -> Question:
     lists = {"group_by", *report.filters}
-    known = {"start_time", "end_time", "bucket_width", "limit", "page"} | lists | {f"{name}[]" for name in lists}
+    known = (
+        {"start_time", "end_time", "bucket_width", "limit", "page"}
+        | lists
+        | report.same.keys() & {BATCH}
+        | {f"{name}[]" for name in lists}
+    )
     for name in request.query_params:
         if name not in known:
             listed = ", ".join(f"`{one}`" for one in sorted(known) if "[" not in one)
@@ -162,9 +173,9 @@ def _read(request: Request, report: Report, owner: str | None) -> Question:
         end=end,
         width=WIDTHS[width],
         limit=limit,
-        group_by=_read_groups(request, report),
+        group_by=tuple(name for name in _read_groups(request, report) if name not in report.same),
         only=only,
-        kinds=report.kinds,
+        kinds=() if _wants_batches(request) else report.kinds,
         # One owner's rows are found without reading those of others.
         owner=owner if owner is not None else min(owners) if len(owners) == 1 else None,
     )
@@ -210,6 +221,14 @@ def _read_groups(request: Request, report: Report) -> tuple[str, ...]:
             listed = ", ".join(f"`{known}`" for known in report.groups)
             raise InvalidRequest(f"Invalid `group_by`: {name[:40]!r}. Use some of {listed}.", param="group_by")
     return tuple(dict.fromkeys(groups))
+
+
+def _wants_batches(request: Request) -> bool:
+    """Whether only calls of batches are asked for, of which there are none."""
+    text = request.query_params.get(BATCH, "false")
+    if text.lower() not in ("true", "false"):
+        raise InvalidRequest(f"Invalid `batch`: {text[:40]!r}. Use `true` or `false`.", param=BATCH)
+    return text.lower() == "true"
 
 
 def _read_list(request: Request, name: str) -> list[str]:

@@ -6,20 +6,26 @@ from collections.abc import Iterable, Sequence
 from tuneloom.errors import RateLimited, TokensLimited
 from tuneloom.serve.limits_window import Charge, Level, Place, Taken
 
+# A project is an owner here.
+PROJECT_TOKENS, PROJECT_KEY = "project-tokens", "tm:owner:"
 HEADERS = tuple(
-    f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
+    f"x-ratelimit-{what}-{kind}"
+    for what in ("limit", "remaining", "reset")
+    for kind in ("requests", "tokens", PROJECT_TOKENS)
 )
 # When a place becomes free is not known.
 PLACE_RETRY_S = 1.0
 
 
 def headers_of(charges: Sequence[Charge], taken: Taken) -> dict[str, str]:
-    """`x-ratelimit-*` of the tightest limit of requests and of tokens, as they are after this request."""
+    """`x-ratelimit-*` of the tightest limit of requests, of tokens and of the project's tokens, after this request."""
     tightest: dict[str, tuple[int, Charge, Level]] = {}
     for charge, level in zip(charges, taken.levels, strict=True):
         remaining = level.remaining(charge)
         if charge.kind not in tightest or remaining < tightest[charge.kind][0]:
             tightest[charge.kind] = (remaining, charge, level)
+        if charge.key.startswith(PROJECT_KEY):
+            tightest[PROJECT_TOKENS] = (remaining, charge, level)
     found: dict[str, str] = {}
     for kind, (remaining, charge, level) in tightest.items():
         found[f"x-ratelimit-limit-{kind}"] = str(charge.limit)

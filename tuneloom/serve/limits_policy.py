@@ -121,7 +121,7 @@ class Policies:
         return found
 
     def other_charges(self, caller: Caller, is_costly: bool) -> list[Charge]:
-        """Of a request that calls no model."""
+        """Of a request that calls no model. What is costly counts for an anonymous person's address too."""
         allowance, owner = caller.allowance, caller.principal.owner
         whose = f"owner `{owner}`"
         wanted = [("lm", RateLimitItemPerMinute, allowance.light_per_minute)]
@@ -130,11 +130,14 @@ class Policies:
                 ("cm", RateLimitItemPerMinute, allowance.costly_per_minute),
                 ("cd", RateLimitItemPerDay, allowance.costly_per_day),
             ]
-        return [
+        found = [
             Charge(f"{name}:owner:{owner}", _item(per, amount), "requests", whose)
             for name, per, amount in wanted
             if amount is not None
         ]
+        if is_costly and caller.principal.kind == "anonymous":
+            found += [charge for charge in _charges(*self._address_rates(caller)) if charge.kind == "requests"]
+        return found
 
     def wrong_key_charge(self, address: str) -> Charge:
         item = _item(RateLimitItemPerMinute, self._settings.refused_per_minute)
@@ -165,7 +168,10 @@ class Policies:
         if model is not None:
             yield "model", f"{principal.owner}/{model}", f"model `{model}`", allowance.model_rates
         if principal.kind == "anonymous":
-            yield "address", caller.address, "this address", self._settings.anonymous_address
+            yield self._address_rates(caller)
+
+    def _address_rates(self, caller: Caller) -> tuple[str, str, str, Rates]:
+        return "address", caller.address, "this address", self._settings.anonymous_address
 
 
 class Cached(Generic[T]):
