@@ -22,7 +22,7 @@ import yaml
 
 from tuneloom import bases, cluster, config, ports, up
 from tuneloom.cluster import ClusterError, ClusterState
-from tuneloom.config import BaseSettings, Settings
+from tuneloom.config import BaseSettings, DraftingSettings, Settings
 from tuneloom.control import audit, keys
 from tuneloom.serve.guard import PROXY_ENVIRONMENT
 from tuneloom.store import open_store
@@ -218,6 +218,10 @@ def test_there_are_cpus_for_all_that_is_configured(tmp_path: Path):
     many = [{"id": f"b{i}", "num_cpus": 2, "replicas": 2} for i in range(4)]
     settings = config.Settings.model_validate({"home": tmp_path, "bases": many, "train": {"max_running": 3}})
     assert cluster.num_cpus(settings) >= 4 * 2 * 2 + 3
+    ours = {"kind": "openai", "base_url": "http://127.0.0.1:8000/v1", "models": ["b0"]}
+    drafting = DraftingSettings.model_validate({"providers": {"ours": ours}, "max_tasks": 50, "num_cpus": 0.5})
+    more = settings.model_copy(update={"drafting": drafting})
+    assert cluster.num_cpus(more) >= 4 * 2 * 2 + 3 + 25
 
 
 def test_a_base_that_nobody_has_added_stops_up_with_advice(tmp_path: Path):

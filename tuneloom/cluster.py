@@ -6,6 +6,7 @@ cluster of the host and is never used.
 """
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -284,7 +285,9 @@ def num_cpus(settings: Settings) -> int:
     served = sum(base.num_cpus * base.most_replicas for base in settings.bases)
     trained = max(settings.train.num_cpus, 1) * settings.train.places_on(os.cpu_count() or 1)
     gateways = settings.gateway.replicas
-    return max(os.cpu_count() or 1, int(served + trained + gateways + 2))
+    # Drafters that wait for a model of ours must leave its replica a place.
+    drafting = settings.drafting.num_cpus * settings.drafting.max_tasks if settings.drafting.providers else 0
+    return max(os.cpu_count() or 1, math.ceil(served + trained + gateways + drafting + 2))
 
 
 def _environment(settings: Settings, state: ClusterState) -> dict[str, str]:
