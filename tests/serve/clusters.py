@@ -14,7 +14,7 @@ from openai import OpenAI
 
 from tests.serve.conftest import BASE
 from tuneloom.config import Settings
-from tuneloom.serve import members
+from tuneloom.serve import members, modes
 from tuneloom.serve.app import base_app, schema
 from tuneloom.serve.guard import PROXY_ENVIRONMENT
 
@@ -63,6 +63,7 @@ class ray_cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
             **PROXY_ENVIRONMENT,
+            **modes.environment(settings.gateway, folder, (0, 0)),
         }
 
     def __enter__(self) -> None:

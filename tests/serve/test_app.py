@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
@@ -103,6 +105,8 @@ def test_an_error_of_ray_means_what_the_caller_can_do() -> None:
     died = RayTaskError("generate", "traceback", ActorDiedError()).as_instanceof_cause()
     assert isinstance(as_our_error(died, "b"), ReplicaLost)
     assert isinstance(as_our_error(ActorDiedError(), "b"), ReplicaLost)
+    shut_down = AioRpcError(StatusCode.CANCELLED, Metadata(), Metadata())
+    assert isinstance(as_our_error(shut_down, "b"), ReplicaLost)
 
     unexpected = as_our_error(RayTaskError("generate", "secret", ValueError("secret")).as_instanceof_cause(), "b")
     assert (type(unexpected), "secret" in unexpected.message) == (TuneloomError, False)

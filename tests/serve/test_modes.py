@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,15 +12,16 @@ from tuneloom.serve.app import base, schema
 UUID_FOLDER, LONGEST_SOCKET = 57, 97
 
 
-def test_the_default_mode_sets_nothing(tmp_path: Path) -> None:
-    assert modes.environment(GatewaySettings(), tmp_path, ()) == {}
-
-
-def test_fast_modes_let_a_whole_body_cross_in_one_message(tmp_path: Path) -> None:
-    for mode in ("throughput", "haproxy"):
-        gateway = GatewaySettings(mode=mode, max_body_bytes=50 << 20)
-        flags = modes.environment(gateway, tmp_path, (1, 2))
-        assert int(flags["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"]) > 100 << 20
+@pytest.mark.parametrize("mode", ["compat", "throughput", "haproxy"])
+def test_in_every_mode_pieces_cross_by_grpc_between_replicas_and_files_do_not(tmp_path: Path, mode: str) -> None:
+    flags = modes.environment(GatewaySettings(mode=mode), tmp_path, (1, 2))
+    assert int(flags["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"]) == 2**31 - 1
+    script = "from ray.serve._private import constants as c, handle_options as h; "
+    script += "print(h.RAY_SERVE_USE_GRPC_BY_DEFAULT, c.RAY_SERVE_PROXY_USE_GRPC, c.RAY_SERVE_THROUGHPUT_OPTIMIZED)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **flags}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-3:] == ["True", "False", str(mode != "compat")], "as Ray reads it"
 
 
 def test_haproxy_keeps_its_files_and_figures_to_itself(tmp_path: Path) -> None:

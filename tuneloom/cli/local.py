@@ -125,7 +125,7 @@ def _print_bases(settings: "Settings", *, as_json: bool) -> None:
 
 def _unused(parts: Iterable[str]) -> str:
     names = ", ".join(f"`{part}`" for part in parts)
-    return f"config.yaml has changed ({names}) since it was started with it; to use it: tuneloom down && tuneloom up"
+    return f"settings have changed ({names}) since it was started; to use them: tuneloom down && tuneloom up"
 
 
 def _print_status(report: dict) -> None:

@@ -13,8 +13,9 @@ class GatewaySettings(Section):
     replicas: int = Field(1, ge=1)
     mode: Literal["compat", "throughput", "haproxy"] = Field(
         "compat",
-        description="compat: Serve's defaults; throughput: its fast path between processes; haproxy: that, and HAProxy "
-        "in front, which listens on all interfaces and has no TLS",
+        description="compat: Serve's defaults, but answers cross between replicas by gRPC; throughput: all of its "
+        "fast path between processes; haproxy: that, and HAProxy in front, which listens on all interfaces and has no "
+        "TLS",
     )
     max_ongoing_requests: int = Field(500, ge=1)
     cors_origins: tuple[str, ...] = ("*",)

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import anyio.to_thread
+from grpc import RpcError
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import (
@@ -29,8 +30,10 @@ from tuneloom.serve.upstream import RETRY_AFTER_S, ReplicaLost
 
 logger = logging.getLogger(__name__)
 
-# A replica's death, as it shows to those who wait for it.
-DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
+# A replica's death, as it shows to those who wait for it. Of gRPC, Ray hands on the codes that it has no error for: a
+# replica that shuts down ends its calls with CANCELLED.
+DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError, RpcError)
+CALL_ERRORS = (RayError, RayServeException, RpcError)
 
 # How long a base takes to start, until one start was seen.
 FIRST_START_S = 30.0
@@ -74,7 +77,7 @@ class ServeBase:
             if task is None or task.cancelling():
                 raise
             raise _lost(self._base_id) from None
-        except (RayError, RayServeException) as error:
+        except CALL_ERRORS as error:
             is_open = False
             raise as_our_error(error, self._base_id) from error
         finally:
@@ -85,7 +88,7 @@ class ServeBase:
         handle = await self._find()
         try:
             return await handle.stats.remote()
-        except (RayError, RayServeException) as error:
+        except CALL_ERRORS as error:
             raise as_our_error(error, self._base_id) from error
 
     async def wake(self, wait_s: float) -> None:
@@ -126,7 +129,7 @@ class ServeBase:
             )
         except DeploymentUnavailableError:
             return {}
-        except (RayError, RayServeException) as error:
+        except CALL_ERRORS as error:
             raise as_our_error(error, self._base_id) from error
         except TimeoutError:
             answers = [TimeoutError(f"no answers within {timeout_s + SILENCE_S:.0f} s")]

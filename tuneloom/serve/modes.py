@@ -13,8 +13,16 @@ NUM_PORTS = 2
 
 # By default a stopped replica waits half a minute for balancers of other machines to notice.
 DRAINING_S = 2
-# A request crosses between processes in one message, pickled: its body and what was made of it.
-MESSAGE_SLACK_BYTES = 4 << 20
+# The most that one message of gRPC can have. A request crosses whole, and so does an answer in one piece with the
+# probabilities of all its tokens; what clients send is limited where it comes in.
+LARGEST_MESSAGE_BYTES = (2 << 30) - 1
+# Pieces of an answer cross from replica to gateway at half of what Ray's generators take. Not from the gateway to the
+# proxy: Serve makes one message of all that waits for a slow reader, and a file may be larger than one can be.
+BETWEEN_REPLICAS = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_PROXY_USE_GRPC": "0",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(LARGEST_MESSAGE_BYTES),
+}
 
 
 def environment(gateway: GatewaySettings, folder: Path, ports: Sequence[int]) -> dict[str, str]:
@@ -24,11 +32,8 @@ def environment(gateway: GatewaySettings, folder: Path, ports: Sequence[int]) ->
     takes 57. `ports`: free ones, for HAProxy's figures.
     """
     if gateway.mode == "compat":
-        return {}
-    fast = {
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2 * gateway.max_body_bytes + MESSAGE_SLACK_BYTES),
-    }
+        return dict(BETWEEN_REPLICAS)
+    fast = {**BETWEEN_REPLICAS, "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     if gateway.mode == "throughput":
         # Without a balancer in front, requests still come in by Serve's proxy.
         return {**fast, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
