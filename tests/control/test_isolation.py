@@ -1,5 +1,9 @@
 """What belongs to somebody else looks, byte for byte, like what does not exist."""
 
+import json
+import re
+from urllib.parse import unquote
+
 import pytest
 
 from tests.control.conftest import BASE
@@ -151,6 +155,64 @@ def test_foreign_and_absent_are_answered_alike(api, hers, method, path, options)
 
     absent = {word: name[:-3] + "zzz" for word, name in hers.items()} | {"MODEL": "no-bot", "PINNED": "no-bot@v1"}
     foreign = ask(hers)
+    assert foreign == ask(absent)
+    assert foreign[0] in (400, 404)
+
+
+@pytest.fixture
+def his(api) -> dict[str, str]:
+    """Things of bob's own, which could name something of ada's."""
+    key, hook = "bob:training,account", {"url": "https://example.com/", "event_types": ["fine_tuning.job.failed"]}
+    upload = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 1, "mime_type": "x"}
+    return {
+        "OWN_FILE": api.upload(b'{"text": "a"}\n', key=key),
+        "OWN_JOB": api.create_job(key=key)["id"],
+        "OWN_UPLOAD": api.post("/v1/uploads", json=upload, key=key).json()["id"],
+        "OWN_HOOK": api.post(HOOKS, json=hook, key=key).json()["id"],
+    }
+
+
+ON_OWN = {"model": BASE, "training_file": "OWN_FILE"}
+
+
+@pytest.mark.parametrize(
+    "method, path, body",
+    [
+        ("POST", "/v1/tuneloom/files/OWN_FILE/edit", {"operations": [{"op": "append", "file": "FILE"}]}),
+        ("POST", "/v1/tuneloom/files/OWN_FILE/check", {"model": BASE, "validation_file": "FILE"}),
+        ("POST", JOBS, {**ON_OWN, "validation_file": "FILE"}),
+        *(
+            ("POST", JOBS, {**ON_OWN, "tuneloom": {"warm_start": name}})
+            for name in ("MODEL", "PINNED", "FT", "CHECKPOINT")
+        ),
+        *(("POST", JOBS, {**ON_OWN, "model": name}) for name in ("MODEL", "PINNED", "FT", "CHECKPOINT")),
+        *(("POST", "/v1/tuneloom/estimate", {**ON_OWN, "model": name}) for name in ("MODEL", "FT", "CHECKPOINT")),
+        ("POST", "/v1/uploads/OWN_UPLOAD/complete", {"part_ids": ["PART"]}),
+        ("POST", KEYS, {"scopes": ["training"], "models": ["MODEL"]}),
+        ("GET", f"{JOBS}/OWN_JOB/events?after=EVENT", None),
+        ("GET", f"{JOBS}/OWN_JOB/checkpoints?after=STEP", None),
+        ("GET", f"{HOOKS}/OWN_HOOK/deliveries?after=DELIVERY", None),
+        ("GET", f"{HOOKS}/OWN_HOOK/deliveries/DELIVERY", None),
+        ("POST", f"{HOOKS}/OWN_HOOK/deliveries/DELIVERY/replay", None),
+    ],
+)
+def test_what_ones_own_thing_names_of_another_looks_absent(api, hers, his, method, path, body):
+    part = api.post(f"/v1/uploads/{hers['UPLOAD']}/parts", **PART).json()["id"]
+    theirs = {**{word: unquote(name) for word, name in hers.items()}, "PART": part, "STEP": "ftckpt_1"}
+    absent = {word: name[:-3] + "zzz" for word, name in theirs.items()} | {"MODEL": "no-bot", "PINNED": "no-bot@v1"}
+
+    def ask(names: dict[str, str]) -> tuple[int, str]:
+        text = json.dumps([path, body])
+        for word, name in [*his.items(), *names.items()]:
+            text = re.sub(rf"\b{word}\b", name, text)
+        url, sent = json.loads(text)
+        answer = api.call(method, url, key="bob:training,account", **({"json": sent} if body else {}))
+        said = answer.text
+        for word, name in sorted(names.items(), key=lambda item: -len(item[1])):
+            said = re.sub(rf"(?<![\w-]){re.escape(name)}(?!\w)", word, said)
+        return answer.status_code, said
+
+    foreign = ask(theirs)
     assert foreign == ask(absent)
     assert foreign[0] in (400, 404)
 
