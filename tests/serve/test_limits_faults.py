@@ -122,6 +122,7 @@ async def test_without_redis_calls_go_on_with_own_limits_and_costly_things_wait(
 
 COSTLY: dict[str, dict[str, Any]] = {
     "/v1/fine_tuning/jobs": {"json": JOB},
+    "/v1/fine_tuning/jobs/ftjob-x/resume": {"json": {}},
     "/v1/files": {"files": {"file": ("a.jsonl", b"{}")}, "data": {"purpose": "fine-tune"}},
     "/v1/uploads": {"json": {}},
     "/v1/tuneloom/keys": {"json": {}},

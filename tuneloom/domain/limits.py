@@ -12,7 +12,7 @@ class Allowance(BaseModel):
     """Everything that may be limited of one owner. None: by the installation's settings; there, None: no limit.
 
     `rates` of calls of models by all their keys together, `model_rates` of those of each single Model or base.
-    `costly_*` creates of jobs, files, uploads, drafts, keys, and checks and estimates; `light_per_minute` of all else.
+    `costly_*` what `serve.limits_routes` says, such as creates of jobs and files; `light_per_minute` of all else.
     `max_concurrent*`: calls of models under way; `max_waiting`: those of them that have no first token yet.
     `*_per_month`: since the first of the month, UTC; tokens in and out and trained, and costs as usage counts them.
     """
