@@ -29,7 +29,8 @@ class GeminiServer(ModelServer):
     def write(self, ask: Ask, reply: Reply) -> dict[str, Any]:
         if reply.status != 200:
             status = STATUSES.get(reply.status, "UNKNOWN")
-            return {"error": {"code": reply.status, "message": reply.message, "status": status}}
+            error = {"code": reply.status, "message": reply.message, "status": status}
+            return {"error": {**error, "details": reply.details} if reply.details else error}
         answer: dict[str, Any] = {"modelVersion": "gemini-test-001", "responseId": f"r{ask.number}"}
         if reply.tokens is not None:
             given, made = reply.tokens

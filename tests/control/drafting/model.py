@@ -41,6 +41,7 @@ class Reply:
     delay_s: float = 0.0
     tokens: tuple[int, int] | None = (100, 200)
     headers: dict[str, str] = field(default_factory=dict)
+    details: list[dict[str, Any]] = field(default_factory=list)
 
 
 Model = Callable[[Ask], Reply]

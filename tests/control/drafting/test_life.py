@@ -216,6 +216,32 @@ def test_two_refusals_for_haste_are_waited_out(open_desk: Open, kind: str):
     assert made["counts"]["calls"] == 1
 
 
+WAIT = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "1.5s"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "seconds"),
+    [
+        ("gemini", {"details": [{"@type": "type.googleapis.com/google.rpc.QuotaFailure"}, WAIT]}, 1.5),
+        ("gemini", {"headers": {"retry-after": "1"}}, 1.0),
+        ("openai", {"headers": {"retry-after": "1"}}, 1.0),
+    ],
+)
+def test_a_provider_that_asks_for_time_gets_it(open_desk: Open, kind: str, told: dict[str, Any], seconds: float):
+    times: list[float] = []
+    hasty = Reply(status=429, message="quota", **told)
+
+    def model(ask: Ask) -> Reply:
+        times.append(time.monotonic())
+        return hasty if ask.number == 1 else rows(ask)
+
+    rows = Rows()
+    desk = open_desk(model, kind, provider={"attempts": 1})
+    made = desk.made(rows=10)
+    assert made["status"] == "succeeded" and made["counts"]["calls"] == 2
+    assert times[1] - times[0] >= seconds
+
+
 @BOTH
 def test_a_provider_that_is_away_for_good_fails_the_draft(open_desk: Open, kind: str):
     desk = open_desk(lambda ask: Reply(status=503, message="overloaded"), kind)

@@ -12,7 +12,7 @@ from google.genai import errors, types
 
 from tuneloom.config import DraftProviderSettings
 from tuneloom.control.drafting.prompts import Prompt
-from tuneloom.control.drafting.providers import Answer, ProviderFailure, refusal, silence
+from tuneloom.control.drafting.providers import Answer, ProviderFailure, refusal, seconds, silence
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ class Gemini:
         try:
             response = self._client.models.generate_content(model=self._model, contents=prompt.user, config=config)
         except errors.APIError as error:
-            raise refusal(self._name, error.code, f"{error.status}: {error.message}", self._key) from None
+            said = f"{error.status}: {error.message}"
+            raise refusal(self._name, error.code, said, self._key, retry_after_s=_retry_after_s(error)) from None
         except GoogleAuthError as error:
             raise self._unknown(error) from None
         except Exception as error:
@@ -89,6 +90,17 @@ class Gemini:
         logger.warning("Vertex AI's credentials were refused: %s: %s", self._name, error)
         told = "the Application Default Credentials were refused"
         return ProviderFailure("provider_key_refused", f"{where}: {told}. See the server's log.", is_final=True)
+
+
+def _retry_after_s(error: errors.APIError) -> float:
+    """What the provider asks for in the error's `RetryInfo`, which the SDK does not heed, or in a header."""
+    try:
+        details = error.details["error"].get("details") or ()
+        told = next(str(each["retryDelay"]) for each in details if "retryDelay" in each)
+        return max(0.0, float(told.removesuffix("s")))
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
+        headers = getattr(error.response, "headers", None) or {}
+        return seconds(headers.get("retry-after"))
 
 
 def _read(response: types.GenerateContentResponse) -> Answer:

@@ -9,9 +9,8 @@ import httpx
 
 from tuneloom.config import DraftProviderSettings
 from tuneloom.control.drafting.prompts import Prompt
-from tuneloom.control.drafting.providers import Answer, refusal, silence
+from tuneloom.control.drafting.providers import MAX_RETRY_AFTER_S, Answer, refusal, seconds, silence
 
-MAX_RETRY_AFTER_S = 60.0
 _ENDS = {"stop": "stop", "length": "length", "content_filter": "blocked"}
 
 
@@ -62,7 +61,8 @@ class OpenAICompatible:
             if response.is_success:
                 return self._read(response)
             if not self._learns(response):
-                raise refusal(self._name, response.status_code, _message(response), self._key)
+                wait_s = seconds(response.headers.get("retry-after"))
+                raise refusal(self._name, response.status_code, _message(response), self._key, retry_after_s=wait_s)
 
     def close(self) -> None:
         self._client.close()
@@ -98,8 +98,8 @@ class OpenAICompatible:
         return response
 
     def _delay(self, attempt: int, retry_after: str | None = None) -> float:
-        if retry_after is not None and retry_after.isascii() and retry_after.isdecimal():
-            return min(float(retry_after[:6]), MAX_RETRY_AFTER_S)
+        if wanted_s := seconds(retry_after):
+            return min(wanted_s, MAX_RETRY_AFTER_S)
         longest = min(self._settings.retry_delay_s * 2 ** (attempt - 1), MAX_RETRY_AFTER_S)
         return longest * random.uniform(0.5, 1)
 

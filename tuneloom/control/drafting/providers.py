@@ -9,15 +9,20 @@ from tuneloom.control.drafting.prompts import Prompt
 from tuneloom.domain import JobError
 
 MAX_MESSAGE = 300
+MAX_RETRY_AFTER_S = 60.0
 
 
 class ProviderFailure(Exception):
-    """A call that gave nothing. `is_final`: the next one would give nothing either."""
+    """A call that gave nothing. `is_final`: the next one would give nothing either.
 
-    def __init__(self, code: str, message: str, *, is_final: bool) -> None:
+    `retry_after_s` is what the provider asked for, up to a minute.
+    """
+
+    def __init__(self, code: str, message: str, *, is_final: bool, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.error = JobError(code=code, message=message)
         self.is_final = is_final
+        self.retry_after_s = min(retry_after_s, MAX_RETRY_AFTER_S)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def open_provider(name: str, settings: DraftProviderSettings, model: str) -> Pro
     return OpenAICompatible(name, settings, model, key)
 
 
-def refusal(name: str, status: int, message: str, key: str | None) -> ProviderFailure:
+def refusal(name: str, status: int, message: str, key: str | None, *, retry_after_s: float = 0.0) -> ProviderFailure:
     """What an HTTP status of a provider means. Its message may repeat the key, which is then taken out."""
     said = " ".join(message.split())
     if key:
@@ -70,8 +75,13 @@ def refusal(name: str, status: int, message: str, key: str | None) -> ProviderFa
     if status in (401, 403):
         return ProviderFailure("provider_key_refused", told, is_final=True)
     if status == 429 or status == 408 or status >= 500:
-        return ProviderFailure("provider_unavailable", told, is_final=False)
+        return ProviderFailure("provider_unavailable", told, is_final=False, retry_after_s=retry_after_s)
     return ProviderFailure("provider_refused", told, is_final=True)
+
+
+def seconds(text: str | None) -> float:
+    """What `Retry-After` says in seconds; 0 for nothing, and for a date."""
+    return float(text[:6]) if text is not None and text.isascii() and text.isdecimal() else 0.0
 
 
 def silence(name: str, timeout_s: float, reason: str) -> ProviderFailure:

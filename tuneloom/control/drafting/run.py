@@ -101,7 +101,7 @@ class _Drafting:
                 failed += 1
                 if failure.is_final or failed == MAX_FAILED:
                     raise
-                self._wait(self._failed_wait_s * failed)
+                self._wait(max(self._failed_wait_s * failed, failure.retry_after_s))
                 continue
             failed = 0
             kept = self._keep(min(missing, ROWS_PER_CALL), missing, asked, answer)
