@@ -1,5 +1,6 @@
 """The operators' calls over the real application and store; only the replicas are scripted."""
 
+import asyncio
 from typing import Any
 
 import httpx2
@@ -52,6 +53,23 @@ async def test_each_replica_tells_its_numbers_and_one_that_is_silent_is_told(
     assert one["tiers"]["slot"]["hit_rate"] == 0.75 and one["tiers"]["slot"]["size_bytes"] == 200
     assert one["details"] == {"device": "cpu"}
     assert (two["id"], two["status"], two["error"]["message"]) == ("r2", "error", LOST.message)
+
+
+async def test_a_base_that_hangs_holds_up_the_list_once(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases = tuple(BaseSettings(id=f"b{number}") for number in range(3))
+    service = make_service(settings.model_copy(update={"bases": bases, "base_aliases": {}}), store)
+    all_asked = asyncio.Barrier(3)
+
+    async def ask(method: str, **limits: float) -> dict[str, Any]:
+        await all_asked.wait()
+        return {"r1": LOST}
+
+    monkeypatch.setattr(service.base, "on_each_replica", ask)
+    async with service.http(service.key("ada", ("admin",))) as http, asyncio.timeout(20):
+        listed = (await http.get("/v1/tuneloom/bases")).json()
+    assert [base["id"] for base in listed["data"]] == ["b0", "b1", "b2"]
 
 
 async def test_adapters_are_listed_with_their_names_the_last_used_first(

@@ -4,6 +4,7 @@ An action goes to all replicas; what each answers is told of each. Pins are kept
 later; the rest happens once.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -75,7 +76,8 @@ class BasesApi:
 
     async def list_bases(self, request: Request) -> Response:
         _admin(request)
-        shown = [await self._show(base) for base in self._context.settings.bases]
+        # At once: a replica that hangs is waited for, and would be for each base in turn.
+        shown = await asyncio.gather(*(self._show(base) for base in self._context.settings.bases))
         return JSONResponse({"object": "list", "data": shown})
 
     async def retrieve(self, request: Request) -> Response:
