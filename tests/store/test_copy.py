@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.store.contract import HARD_TEXTS
+from tests.store.contract.texts import HARD_TEXTS
 from tuneloom.domain import AdapterRef, File, Version, adapter_sha256
 from tuneloom.errors import Conflict
 from tuneloom.store import Store, open_pair

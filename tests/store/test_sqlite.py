@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.contract import FORKS, DocumentsContract, in_processes
+from tests.store.contract import DocumentsContract
+from tests.store.contract.processes import in_processes
+from tests.store.contract.writers import FORKS
 from tuneloom.errors import InvalidRequest, Overloaded, TuneloomError
 from tuneloom.store.base import Create, Increment, Range
 from tuneloom.store.sqlite import SqliteDocuments
