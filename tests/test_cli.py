@@ -135,6 +135,18 @@ def test_a_key_is_changed_rotated_and_shown(shell: Shell, tiny_home: Path):
     assert shown["previous_secret_ends_at"] > time.time()
 
 
+def test_all_keys_of_an_owner_are_revoked_at_once(shell: Shell):
+    for owner in ("ada", "ada", "bob"):
+        assert shell("keys", "create", "--owner", owner) == 0
+    assert shell("keys", "revoke", "--owner", "ada") == 0 and shell.out.count("revoked key_") == 2
+    assert shell("keys", "list", "--json") == 0
+    ended = {(key["owner"], key["revoked_at"] is not None) for key in json.loads(shell.out)}
+    assert ended == {("ada", True), ("bob", False)}
+    assert shell("keys", "revoke", "--owner", "ada") == 0 and shell.out == ""
+    for arguments in ([], ["key_x", "--owner", "ada"]):
+        assert shell("keys", "revoke", *arguments) == 1 and "`--owner`" in shell.err
+
+
 def test_the_pepper_rotates_and_keys_go_on(shell: Shell):
     assert shell("keys", "create") == 0
     secret = shell.out.strip()
@@ -464,7 +476,7 @@ def test_env_prints_lines_for_a_shell(shell: Shell, api: list[str]):
 
 def test_a_table_that_leaves_adapters_out_says_so(shell: Shell, api: list[str], monkeypatch: pytest.MonkeyPatch):
     from tuneloom.engine.base import AdapterState
-    from tuneloom.serve.api_bases import show_adapter
+    from tuneloom.serve.bases_view import show_adapter
 
     adapters = {"data": [show_adapter("r1", AdapterState("a" * 64, "disk", 4, 9, 0, False, 5.0), [])], "has_more": True}
     base = {"id": "o/m", "problem": None, "pins": [], "replicas": [{"id": "r1", "status": "error", "error": {}}]}
@@ -490,7 +502,7 @@ def test_the_tables_of_operators_hold_what_the_api_tells():
     from tuneloom.cli.report import adapter_rows, pin_rows, replica_rows, tier_rows
     from tuneloom.engine.base import AdapterState, EngineStats, TierStats
     from tuneloom.errors import Overloaded
-    from tuneloom.serve.api_bases import show_adapter, show_outcome, show_stats
+    from tuneloom.serve.bases_view import show_adapter, show_outcome, show_stats
 
     tier = TierStats(2, 2_000_000, 3_000_000, hits=3, misses=1, fills=1, evictions=5, failures=6, fill_s=0.2)
     details = {

@@ -7,7 +7,7 @@ later; the rest happens once.
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import anyio.to_thread
@@ -18,7 +18,6 @@ from starlette.routing import Route
 from tuneloom.config import BaseSettings
 from tuneloom.control.api import ApiContext, audit
 from tuneloom.domain import Actor, AdapterPin, AdapterRef, AuditTarget, Principal
-from tuneloom.engine.base import AdapterState, EngineStats, TierStats
 from tuneloom.errors import (
     Conflict,
     InvalidRequest,
@@ -29,6 +28,7 @@ from tuneloom.errors import (
     TuneloomError,
     UnknownParameter,
 )
+from tuneloom.serve.bases_view import show_adapter, show_outcome, show_stats
 from tuneloom.serve.body import parse_object
 from tuneloom.serve.pins import read_pins
 from tuneloom.serve.upstream import Bases
@@ -251,51 +251,6 @@ class BasesApi:
             ]
             for sha256 in hashes
         }
-
-
-def show_stats(stats: EngineStats) -> dict[str, Any]:
-    """One replica's numbers. What only this engine has is in `details`."""
-    return {
-        "running": stats.running,
-        "waiting": stats.waiting,
-        "waiting_tokens": stats.waiting_tokens,
-        "preemptions": stats.preemptions,
-        "steps": stats.steps,
-        "step_ms": round(stats.step_ms, 2),
-        "step_tokens": round(stats.step_tokens, 1),
-        "tokens_per_s": round(stats.tokens_per_s, 1),
-        "tokens_generated": stats.tokens_generated,
-        "kv_tokens_used": stats.kv_tokens_used,
-        "kv_tokens_total": stats.kv_tokens_total,
-        "tiers": {name: _show_tier(tier) for name, tier in stats.tiers.items()},
-        "details": stats.extra,
-    }
-
-
-def _show_tier(tier: TierStats) -> dict[str, Any]:
-    asked = tier.hits + tier.misses
-    return {**asdict(tier), "fill_s": round(tier.fill_s, 3), "hit_rate": round(tier.hits / asked, 4) if asked else None}
-
-
-def show_adapter(replica: str, state: AdapterState, names: list[dict[str, str]]) -> dict[str, Any]:
-    return {
-        "object": "tuneloom.base.adapter",
-        "replica": replica,
-        "sha256": state.sha256,
-        "models": names,
-        "tier": state.tier,
-        "rank": state.rank,
-        "bytes": state.size_bytes,
-        "in_use": state.in_use,
-        "pinned": state.is_pinned,
-        "last_used_at": int(state.last_used_at),
-    }
-
-
-def show_outcome(replica: str, answer: object) -> dict[str, Any]:
-    if isinstance(answer, TuneloomError):
-        return {"id": replica, "status": "error", **answer.body()}
-    return {"id": replica, "status": "ok"}
 
 
 def _entry(actor: Actor, base: BaseSettings, subject: _Subject, participle: str) -> Write:
