@@ -83,6 +83,7 @@ BAD = {
         lambda: id_token(iss=f"https://securetoken.google.com/{PROJECT}.evil"),
         "another project",
     ),
+    "an audience of two": (lambda: id_token(aud=[PROJECT, "tuneloom-test"]), "another project"),
     "no audience": (lambda: id_token(aud=None), "another project"),
     "no subject": (lambda: id_token(sub=None), "whose it is"),
     "empty subject": (lambda: id_token(sub=""), "whose it is"),

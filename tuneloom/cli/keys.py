@@ -157,13 +157,21 @@ def rotate(
 
 
 @app.command()
-def revoke(context: typer.Context, id: Id) -> None:
-    """End a key. Requests with it are refused within seconds."""
+def revoke(
+    context: typer.Context,
+    id: Annotated[str | None, typer.Argument(help="The key's id, `key_...`.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Instead: all keys of this owner.")] = None,
+) -> None:
+    """End a key, or all of an owner. Requests with them are refused within seconds."""
     from tuneloom.control import keys
 
+    if (id is None) == (owner is None):
+        raise InvalidRequest("Name a key by its id, or with `--owner` whose keys shall all end.")
     with open_store(context) as store:
-        keys.revoke(store.records, id)
-    typer.echo(f"revoked {id}")
+        live = [] if owner is None else keys.list_keys(store.records, owner)
+        for each in [id] if id is not None else [key.id for key in live if key.revoked_at is None]:
+            keys.revoke(store.records, each)
+            typer.echo(f"revoked {each}")
 
 
 @app.command("rotate-pepper")

@@ -146,6 +146,7 @@ def app_tokens(settings: IdentitySettings, http: httpx.AsyncClient, clock: Googl
         clock,
         issuer=f"{APP_CHECK_ISSUER}{settings.app_check_project_number}",
         audience=f"projects/{settings.app_check_project_number}",
+        is_listed=True,
         leeway_s=settings.clock_leeway_s,
         what="App Check token",
         code=APP_CHECK_CODE,

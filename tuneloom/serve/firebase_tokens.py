@@ -25,7 +25,8 @@ Claims = dict[str, Any]
 class Tokens:
     """Tokens of one issuer for one audience. `keys` None: the emulator's, which are not signed.
 
-    `what` names the token to people; `code` is the error's; `times` are the claims that must lie in the past.
+    `what` names the token to people; `code` is the error's; `times` are the claims that must lie in the past. With
+    `is_listed` a token may be for others too, as App Check's are.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Tokens:
         issuer: str,
         audience: str,
         leeway_s: float,
+        is_listed: bool = False,
         times: tuple[str, ...] = ("iat",),
         what: str = "ID token",
         code: str = "invalid_id_token",
@@ -43,6 +45,7 @@ class Tokens:
         self._keys, self._clock, self._leeway_s = keys, clock, leeway_s
         self.warning = clock.warning
         self._issuer, self._audience, self._times = issuer, audience, times
+        self._is_listed = is_listed
         self._what, self._code = what, code
 
     async def verify(self, token: str) -> Claims:
@@ -53,7 +56,7 @@ class Tokens:
             Overloaded: the keys to tell cannot be had now.
         """
         claims = await self._read(token)
-        if claims.get("iss") != self._issuer or not _holds(claims.get("aud"), self._audience):
+        if claims.get("iss") != self._issuer or not self._is_for_us(claims.get("aud")):
             raise self._refused("it is for another project")
         subject = claims.get("sub")
         if not isinstance(subject, str) or not 0 < len(subject) <= 128:
@@ -88,6 +91,9 @@ class Tokens:
         except (jwt.PyJWTError, ValueError, RecursionError):
             raise self._refused("it cannot be read") from None
 
+    def _is_for_us(self, claim: Any) -> bool:
+        return claim == self._audience or (self._is_listed and isinstance(claim, list) and self._audience in claim)
+
     def _from_future(self, claims: Claims) -> bool:
         return any(claims[name] > self._clock() + self._leeway_s for name in self._times)
 
@@ -96,10 +102,6 @@ class Tokens:
 
     def _clock_notice(self) -> str:
         return "" if self._clock.is_usable else f" ({self._clock.describe()}, its operator must set it)"
-
-
-def _holds(claim: Any, audience: str) -> bool:
-    return claim == audience or (isinstance(claim, list) and audience in claim)
 
 
 def _payload(raw: bytes) -> Claims:
