@@ -42,6 +42,9 @@ class Reply:
     tokens: tuple[int, int] | None = (100, 200)
     headers: dict[str, str] = field(default_factory=dict)
     details: list[dict[str, Any]] = field(default_factory=list)
+    # Of its bytes so many come, as if these were all (`broken`), or before the connection breaks (`cut`).
+    broken: int | None = None
+    cut: int | None = None
 
 
 Model = Callable[[Ask], Reply]
@@ -142,7 +145,7 @@ class ModelServer:
         reply = self.model(ask)
         if reply.delay_s:
             time.sleep(reply.delay_s)
-        answer = json.dumps(self.write(ask, reply)).encode()
+        answer = json.dumps(self.write(ask, reply)).encode()[: reply.broken]
         handler.send_response(reply.status)
         for name, value in {
             "content-type": "application/json",
@@ -151,7 +154,8 @@ class ModelServer:
         }.items():
             handler.send_header(name, value)
         handler.end_headers()
-        handler.wfile.write(answer)
+        handler.wfile.write(answer[: reply.cut])
+        handler.close_connection |= reply.cut is not None
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -216,6 +216,25 @@ def test_two_refusals_for_haste_are_waited_out(open_desk: Open, kind: str):
     assert made["counts"]["calls"] == 1
 
 
+@BOTH
+@pytest.mark.parametrize("fault", [{"cut": 40}, {"cut": 0}, {"broken": 40}, {"broken": 0}])
+def test_an_answer_that_was_cut_on_its_way_is_asked_for_again(open_desk: Open, kind: str, fault: dict[str, int]):
+    rows = Rows()
+    desk = open_desk(in_turn(Reply("{}", **fault), rows), kind)
+    made = desk.made(rows=10)
+    assert made["status"] == "succeeded" and not made["partial"] and made["error"] is None
+    assert len(desk.server.asks) == 2
+
+
+@BOTH
+def test_tokens_that_cannot_be_do_not_make_a_budget_larger(open_desk: Open, kind: str):
+    one = Rows("text")
+    desk = open_desk(lambda ask: reply([one.row()], tokens=(-5000, -5000)), kind)
+    made = desk.made(rows=20, format="text", max_tokens=12_000)
+    assert made["ended_by"] == "budget" and made["partial"]
+    assert min(made["counts"]["input_tokens"], made["counts"]["output_tokens"]) > 0
+
+
 WAIT = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "1.5s"}
 
 

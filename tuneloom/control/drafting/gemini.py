@@ -4,6 +4,7 @@ Vertex AI knows the machine by its Application Default Credentials: on GKE by th
 """
 
 import logging
+import time
 from typing import Any
 
 from google import genai
@@ -12,7 +13,7 @@ from google.genai import errors, types
 
 from tuneloom.config import DraftProviderSettings
 from tuneloom.control.drafting.prompts import Prompt
-from tuneloom.control.drafting.providers import Answer, ProviderFailure, refusal, seconds, silence
+from tuneloom.control.drafting.providers import Answer, ProviderFailure, count, refusal, seconds, silence
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +65,22 @@ class Gemini:
             response_json_schema=schema,
             thinking_config=None if budget is None else types.ThinkingConfig(thinking_budget=budget),
         )
-        try:
-            response = self._client.models.generate_content(model=self._model, contents=prompt.user, config=config)
-        except errors.APIError as error:
-            said = f"{error.status}: {error.message}"
-            raise refusal(self._name, error.code, said, self._key, retry_after_s=_retry_after_s(error)) from None
-        except GoogleAuthError as error:
-            raise self._unknown(error) from None
-        except Exception as error:
-            # The SDK lets errors of its HTTP client through, of one of two packages.
-            raise silence(self._name, self._settings.timeout_s, type(error).__name__) from None
-        return _read(response)
+        for attempt in range(1, self._settings.attempts + 1):
+            try:
+                return _read(
+                    self._client.models.generate_content(model=self._model, contents=prompt.user, config=config)
+                )
+            except errors.APIError as error:
+                said = f"{error.status}: {error.message}"
+                raise refusal(self._name, error.code, said, self._key, retry_after_s=_retry_after_s(error)) from None
+            except GoogleAuthError as error:
+                raise self._unknown(error) from None
+            except Exception as error:
+                # The SDK lets errors of its HTTP client through, of one of two packages, and tries none of them again.
+                if attempt == self._settings.attempts:
+                    raise silence(self._name, self._settings.timeout_s, error) from None
+            time.sleep(self._settings.retry_delay_s * 2 ** (attempt - 1))
+        raise AssertionError("the last attempt returns or raises")
 
     def close(self) -> None:
         self._client.close()
@@ -82,7 +88,7 @@ class Gemini:
     def _unknown(self, error: GoogleAuthError) -> ProviderFailure:
         """What it means that Vertex AI could not be told who calls."""
         if error.retryable or isinstance(error, TransportError):
-            return silence(self._name, self._settings.timeout_s, f"no credentials came ({type(error).__name__})")
+            return silence(self._name, self._settings.timeout_s, error)
         where = f"`drafting.providers.{self._name}.project`"
         if isinstance(error, DefaultCredentialsError):
             told = "there are no Application Default Credentials where drafters run"
@@ -105,16 +111,16 @@ def _retry_after_s(error: errors.APIError) -> float:
 
 def _read(response: types.GenerateContentResponse) -> Answer:
     usage = response.usage_metadata
-    given = None if usage is None else usage.prompt_token_count
-    total = None if usage is None else usage.total_token_count
+    given = None if usage is None else count(usage.prompt_token_count)
+    total = None if usage is None else count(usage.total_token_count)
     counted = {
         "input_tokens": given,
         # What was thought is paid for as well, and is only in the total.
-        "output_tokens": None if total is None else total - (given or 0),
+        "output_tokens": None if total is None else max(0, total - (given or 0)),
         "model_version": response.model_version,
     }
     if not response.candidates:
-        return Answer("", "blocked", **counted)
+        return Answer("", "blocked" if response.prompt_feedback else "stop", **counted)
     first = response.candidates[0]
     parts = first.content.parts if first.content is not None and first.content.parts else []
     text = "".join(part.text for part in parts if part.text and not part.thought)

@@ -9,7 +9,7 @@ import httpx
 
 from tuneloom.config import DraftProviderSettings
 from tuneloom.control.drafting.prompts import Prompt
-from tuneloom.control.drafting.providers import MAX_RETRY_AFTER_S, Answer, refusal, seconds, silence
+from tuneloom.control.drafting.providers import MAX_RETRY_AFTER_S, Answer, count, nonsense, refusal, seconds, silence
 
 _ENDS = {"stop": "stop", "length": "length", "content_filter": "blocked"}
 
@@ -88,7 +88,7 @@ class OpenAICompatible:
                 response = self._client.post("chat/completions", json=body)
             except httpx.TransportError as error:
                 if is_last:
-                    raise silence(self._name, self._settings.timeout_s, type(error).__name__) from None
+                    raise silence(self._name, self._settings.timeout_s, error) from None
                 self._sleep(self._delay(attempt))
                 continue
             status = response.status_code
@@ -109,16 +109,14 @@ class OpenAICompatible:
             choice = data["choices"][0]
             message = choice["message"]
             usage = data.get("usage") or {}
-            text = message.get("content") or ""
+            text = _text(message.get("content"))
             ended = _ENDS.get(choice.get("finish_reason") or "stop", "stop")
             if message.get("refusal") and not text:
                 ended = "blocked"
-            counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-            given, made = (count if isinstance(count, int) else None for count in counts)
+            given, made = (count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         except (ValueError, LookupError, TypeError, AttributeError):
-            reason = "this is no chat completion; is `base_url` right?"
-            raise refusal(self._name, response.status_code, reason, self._key) from None
-        return Answer(str(text), ended, given, made, str(data.get("model") or "") or None)  # type: ignore[arg-type]
+            raise nonsense(self._name) from None
+        return Answer(text, ended, given, made, str(data.get("model") or "") or None)  # type: ignore[arg-type]
 
 
 def _form(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +124,13 @@ def _form(name: str, schema: dict[str, Any]) -> dict[str, Any]:
         wanted = {"name": "rows", "strict": True, "schema": schema}
         return {"response_format": {"type": "json_schema", "json_schema": wanted}}
     return {"response_format": {"type": "json_object"}} if name == "json_object" else {}
+
+
+def _text(content: Any) -> str:
+    """The text of a message, also where it comes in parts, thoughts among them."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type") == "text")
+    return str(content or "")
 
 
 def _message(response: httpx.Response) -> str:

@@ -84,12 +84,22 @@ def seconds(text: str | None) -> float:
     return float(text[:6]) if text is not None and text.isascii() and text.isdecimal() else 0.0
 
 
-def silence(name: str, timeout_s: float, reason: str) -> ProviderFailure:
-    return ProviderFailure(
-        "provider_unavailable",
-        f"The provider `{name}` gave no answer within {timeout_s:g} s: {reason}.",
-        is_final=False,
-    )
+def silence(name: str, timeout_s: float, error: Exception) -> ProviderFailure:
+    """No answer, or none that was whole."""
+    kind = type(error).__name__
+    missed = f"no answer within {timeout_s:g} s" if "Timeout" in kind else "no whole answer"
+    return ProviderFailure("provider_unavailable", f"The provider `{name}` gave {missed}: {kind}.", is_final=False)
+
+
+def nonsense(name: str) -> ProviderFailure:
+    """An answer that is none. It may have been cut on its way, and come whole the next time."""
+    told = f"The provider `{name}` answered 200, and this is no chat completion; is `base_url` right?"
+    return ProviderFailure("provider_refused", told, is_final=False)
+
+
+def count(value: object) -> int | None:
+    """A number of tokens, if it can be one: a budget is not to grow by it."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _read_key(name: str, settings: DraftProviderSettings) -> str | None:
