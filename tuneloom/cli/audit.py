@@ -1,12 +1,11 @@
 """`tuneloom audit`: who did what, from the store itself."""
 
 import time
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuneloom.cli.session import open_store, print_json, print_rows
+from tuneloom.cli.session import open_store, print_json, print_rows, show_time
 
 if TYPE_CHECKING:
     from tuneloom.domain import AuditEntry
@@ -43,7 +42,7 @@ def audit(
 
 def _row(entry: "AuditEntry") -> list[str]:
     return [
-        datetime.fromtimestamp(entry.created_at, UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        show_time(entry.created_at),
         entry.action,
         entry.owner,
         entry.target.name or entry.target.id,

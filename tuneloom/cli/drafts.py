@@ -1,12 +1,11 @@
 """`tuneloom drafts`: training rows written by a language model from a description, by the API."""
 
 import json as jsons
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
-from tuneloom.cli.session import Api, print_json, print_rows, read_settings
+from tuneloom.cli.session import Api, Json, print_json, print_rows, read_settings, show_time
 from tuneloom.errors import TuneloomError
 
 app = typer.Typer(help="Training rows drafted from a description.", no_args_is_help=True)
@@ -14,7 +13,6 @@ app = typer.Typer(help="Training rows drafted from a description.", no_args_is_h
 DRAFTS = "/v1/tuneloom/drafts"
 
 DraftId = Annotated[str, typer.Argument(help="The draft's id, `draft_...`.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 @app.command()
@@ -70,7 +68,8 @@ def list_drafts(
         print_json(found)
         return
     rows = [
-        [each["id"], _state(each), _progress(each), each["file_id"] or "", _time(each["created_at"])] for each in found
+        [each["id"], _state(each), _progress(each), each["file_id"] or "", show_time(each["created_at"])]
+        for each in found
     ]
     print_rows(["id", "status", "rows", "file", "created"], rows)
 
@@ -147,7 +146,3 @@ def _progress(draft: dict[str, Any]) -> str:
 
 def _dropped(dropped: dict[str, int]) -> str:
     return "".join(f", {reason.replace('_', ' ')} {count:,}" for reason, count in sorted(dropped.items()))
-
-
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")

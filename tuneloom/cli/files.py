@@ -4,13 +4,12 @@ import json as jsons
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from tuneloom.cli.session import Api, print_json, print_rows, read_settings
+from tuneloom.cli.session import Api, Json, print_json, print_rows, read_settings, show_time
 
 if TYPE_CHECKING:
     from tuneloom.config import Settings
@@ -25,7 +24,6 @@ OURS = "/v1/tuneloom/files"
 CHUNK_BYTES = 1 << 20
 
 FileId = Annotated[str, typer.Argument(help="The file's id, `file-...`.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 @app.command("list")
@@ -40,7 +38,7 @@ def list_files(
         print_json(found)
         return
     rows = [
-        [file["id"], f"{file['bytes']:,}", _time(file["created_at"]), file["purpose"], file["filename"]]
+        [file["id"], f"{file['bytes']:,}", show_time(file["created_at"]), file["purpose"], file["filename"]]
         for file in found
     ]
     print_rows(["id", "bytes", "created", "purpose", "name"], rows)
@@ -239,7 +237,3 @@ def _facts(file: "FileReport", *, cuts: bool) -> list[tuple[str, str]]:
     if file.rewritten_answers:
         facts.append(("rewritten answers", f"{file.rewritten_answers:,}, not learned"))
     return facts
-
-
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from json import loads
 from typing import Annotated, Any
 
 import typer
 
-from tuneloom.cli.session import Api, print_json, print_rows, read_settings
+from tuneloom.cli.session import Api, Json, print_json, print_rows, read_settings, show_time
 from tuneloom.config import TrainSettings
 from tuneloom.errors import InvalidRequest
 
@@ -19,7 +18,6 @@ FOLLOW_S = 1.0
 ENDED = ("succeeded", "failed", "cancelled")
 
 JobId = Annotated[str, typer.Argument(help="The job's id, `ftjob-...`.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 @app.command("list")
@@ -33,7 +31,7 @@ def list_jobs(
     if json:
         print_json(found)
         return
-    rows = [[job["id"], job["status"], _time(job["created_at"]), _outcome(job)] for job in found]
+    rows = [[job["id"], job["status"], show_time(job["created_at"]), _outcome(job)] for job in found]
     print_rows(["id", "state", "created", "model, or place in line"], rows)
 
 
@@ -119,7 +117,7 @@ def events(
         for event in reversed(api.get(f"{JOBS}/{id}/events", limit=limit)["data"]):
             if event["id"] not in seen:
                 seen.add(event["id"])
-                typer.echo(f"{_time(event['created_at'])}  {event['level']:5}  {event['message']}")
+                typer.echo(f"{show_time(event['created_at'])}  {event['level']:5}  {event['message']}")
         if not follow or state in ENDED:
             raise typer.Exit(0 if state in ("", "succeeded") else 1)
         time.sleep(FOLLOW_S)
@@ -141,13 +139,13 @@ def _lines(job: dict[str, Any], train: TrainSettings) -> Iterator[tuple[str, str
     from tuneloom.domain import Estimate, Usage
 
     ours = job["tuneloom"]
-    yield "job", f"{job['id']}, {job['status']}, created {_time(job['created_at'])}"
+    yield "job", f"{job['id']}, {job['status']}, created {show_time(job['created_at'])}"
     yield "trains", f"{ours['name']}, on {ours['base']}"
     if place := ours["queue"]:
-        starts = f"; starts at about {_time(place['starts_at'])}" if place["starts_at"] else ""
+        starts = f"; starts at about {show_time(place['starts_at'])}" if place["starts_at"] else ""
         yield "in line", f"{place['position']}, waiting for {place['waiting_for']}{starts}"
     if job["estimated_finish"]:
-        yield "finish", f"at about {_time(job['estimated_finish'])}"
+        yield "finish", f"at about {show_time(job['estimated_finish'])}"
     before = Estimate.model_validate(ours["estimate"]) if ours["estimate"] else None
     if before is not None:
         yield "estimate", describe_estimate(before, train).removeprefix("Estimate: ")
@@ -174,7 +172,3 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _api(context: typer.Context) -> Api:
     return Api(read_settings(context))
-
-
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")

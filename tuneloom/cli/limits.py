@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuneloom.cli.session import open_store, print_json, print_rows
+from tuneloom.cli.session import Json, open_store, print_json, print_rows
 
 if TYPE_CHECKING:
     from tuneloom.domain import OwnerLimits
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="What owners may use: rates, quotas, budgets.", no_args_is_help=True)
 
 Owner = Annotated[str, typer.Argument(help="Whose limits.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 @app.command("set")

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from tuneloom.store import Store
 
 REQUEST_TIMEOUT_S = 60.0
+
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 def home_folder(context: typer.Context) -> Path:
@@ -130,6 +133,10 @@ def _message(response: "httpx.Response") -> str:
         return response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return f"The API answered {response.status_code}: {response.text[:300]}"
+
+
+def show_time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def print_rows(header: list[str], rows: list[list[str]]) -> None:

@@ -1,11 +1,10 @@
 """`tuneloom webhooks`: who is told what happens, and what became of it, by the API."""
 
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
-from tuneloom.cli.session import Api, print_json, print_rows, read_settings
+from tuneloom.cli.session import Api, Json, print_json, print_rows, read_settings, show_time
 from tuneloom.domain import EVENT_TYPES
 
 app = typer.Typer(help="Webhooks: who is told what happens.", no_args_is_help=True)
@@ -13,7 +12,6 @@ app = typer.Typer(help="Webhooks: who is told what happens.", no_args_is_help=Tr
 PATH = "/v1/tuneloom/webhooks"
 
 EndpointId = Annotated[str, typer.Argument(help="The endpoint's id, `we_...`.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 @app.command("list")
@@ -88,7 +86,7 @@ def deliveries(
         print_json(found)
         return
     rows = [
-        [each["id"], each["type"], each["state"], str(each["attempts"]), _time(each["created_at"]), _last(each)]
+        [each["id"], each["type"], each["state"], str(each["attempts"]), show_time(each["created_at"]), _last(each)]
         for each in found
     ]
     print_rows(["id", "type", "state", "tries", "created", "last answer"], rows)
@@ -111,8 +109,8 @@ def _api(context: typer.Context) -> Api:
 
 def _state(told: dict[str, Any]) -> str:
     if not told["enabled"]:
-        return f"disabled {_time(told['disabled_at'])}: {told['disabled_reason']}"
-    return f"failing since {_time(told['failing_since'])}" if told["failing_since"] else "ok"
+        return f"disabled {show_time(told['disabled_at'])}: {told['disabled_reason']}"
+    return f"failing since {show_time(told['failing_since'])}" if told["failing_since"] else "ok"
 
 
 def _last(delivery: dict[str, Any]) -> str:
@@ -120,7 +118,3 @@ def _last(delivery: dict[str, Any]) -> str:
         return "-"
     last = delivery["tries"][-1]
     return last["error"] or str(last["status"])
-
-
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")

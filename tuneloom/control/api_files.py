@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from tuneloom.control import audit, files, owner_limits, repeat
 from tuneloom.control.body import Form, digest, identify, read_form
-from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
+from tuneloom.control.context import FileRoutes, caller, in_thread, query_choice, query_int
 from tuneloom.control.pages import read_page
 from tuneloom.control.retry import retry
 from tuneloom.domain import File, new_id
@@ -19,15 +19,8 @@ from tuneloom.errors import InvalidRequest, NotFound
 from tuneloom.store.base import BlobNotFound, Write
 
 
-class FilesApi:
+class FilesApi(FileRoutes):
     """Each method is one endpoint."""
-
-    def __init__(self, context: ApiContext) -> None:
-        self._settings = context.settings
-        self._store = context.store
-        self._records = context.store.records
-        self._limits = context.settings.gateway
-        self._timeout_s = context.settings.control.check_timeout_s
 
     def routes(self) -> list[Route]:
         return [

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from tuneloom.control import audit, files, owner_limits, repeat
 from tuneloom.control.api_files import show_file
 from tuneloom.control.body import Body, digest, identify, parse, read_json
-from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
+from tuneloom.control.context import FileRoutes, caller, in_thread, query_choice, query_int
 from tuneloom.domain import AuditTarget, File, new_id
 from tuneloom.errors import InvalidFile, InvalidRequest, NotFound
 from tuneloom.rows import Appended, Edit, NewRow, SeenRow, export, plan_export, read_page
@@ -66,14 +66,7 @@ class EditFile(Body):
     filename: str | None = None
 
 
-class RowsApi:
-    def __init__(self, context: ApiContext) -> None:
-        self._settings = context.settings
-        self._store = context.store
-        self._records = context.store.records
-        self._limits = context.settings.gateway
-        self._timeout_s = context.settings.control.check_timeout_s
-
+class RowsApi(FileRoutes):
     def routes(self) -> list[Route]:
         return [
             Route("/v1/tuneloom/files/{id}", self.show, methods=["GET"]),

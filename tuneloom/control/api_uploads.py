@@ -11,7 +11,7 @@ from starlette.routing import Route
 from tuneloom.control import files, owner_limits, repeat
 from tuneloom.control.api_files import show_file
 from tuneloom.control.body import Body, Part, digest, identify, parse, read_form, read_json, retry_count, size_text
-from tuneloom.control.context import ApiContext, caller, in_thread
+from tuneloom.control.context import FileRoutes, caller, in_thread
 from tuneloom.control.retry import retry
 from tuneloom.domain import Upload, UploadPart, new_id
 from tuneloom.errors import TooLarge
@@ -38,15 +38,8 @@ class CompleteUpload(Body):
     md5: str | None = None
 
 
-class UploadsApi:
+class UploadsApi(FileRoutes):
     """Each method is one endpoint."""
-
-    def __init__(self, context: ApiContext) -> None:
-        self._settings = context.settings
-        self._store = context.store
-        self._records = context.store.records
-        self._limits = context.settings.gateway
-        self._timeout_s = context.settings.control.check_timeout_s
 
     def routes(self) -> list[Route]:
         return [

@@ -56,6 +56,17 @@ class ApiContext:
             raise InvalidRequest(f"`{name}` is the name of a base model. Choose another `{param}`.", param=param)
 
 
+class FileRoutes:
+    """What every group of routes that makes or reads files has of the service."""
+
+    def __init__(self, context: ApiContext) -> None:
+        self._settings = context.settings
+        self._store = context.store
+        self._records = context.store.records
+        self._limits = context.settings.gateway
+        self._timeout_s = context.settings.control.check_timeout_s
+
+
 async def in_thread(work: Callable[..., T], *args: object) -> T:
     """Run blocking work of the store off the event loop."""
     return await anyio.to_thread.run_sync(work, *args)
