@@ -115,9 +115,12 @@ def test_an_owner_sees_only_what_was_done_to_their_things_and_no_operators(api):
     write(api, "a.made", owner="ada")
     write(api, "b.made", owner="bob", actor_owner="bob")
     write(api, "c.changed", owner="ada", actor="key_root", actor_owner="root")
+    target = AuditTarget(owner="ada", type="model.version", id="ada:bot:v1")
+    api.store.records.commit(audit.entry(audit.SYSTEM, "model.version.created", target))
     answer = api.get(OWN, key=ADA)
-    assert [entry["type"] for entry in answer.json()["data"]] == ["c.changed", "a.made"]
+    assert [entry["type"] for entry in answer.json()["data"]] == ["model.version.created", "c.changed", "a.made"]
     assert [entry["actor"] for entry in answer.json()["data"]] == [
+        {"kind": "system"},
         {"kind": "operator"},
         {"kind": "key", "id": "key_1", "address": "203.0.113.9", "request_id": "req_1"},
     ]

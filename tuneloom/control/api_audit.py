@@ -148,13 +148,16 @@ def show_entry(entry: AuditEntry) -> dict[str, Any]:
 
 def show_own(entry: AuditEntry) -> dict[str, Any]:
     """What an owner sees of what was done to their things. Who runs the installation is not told apart."""
-    is_own = entry.actor.owner == entry.owner
+    if entry.actor.owner == entry.owner:
+        actor = entry.actor.model_dump(exclude={"owner"})
+    else:
+        actor = {"kind": "system" if entry.actor.kind == "system" else "operator"}
     return {
         "object": "tuneloom.audit_entry",
         "id": entry.id,
         "type": entry.action,
         "created_at": int(entry.created_at),
-        "actor": entry.actor.model_dump(exclude={"owner"}) if is_own else {"kind": "operator"},
+        "actor": actor,
         "target": entry.target.model_dump(exclude={"owner"}),
         "data": entry.data,
     }
