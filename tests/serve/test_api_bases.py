@@ -55,6 +55,18 @@ async def test_each_replica_tells_its_numbers_and_one_that_is_silent_is_told(
     assert (two["id"], two["status"], two["error"]["message"]) == ("r2", "error", LOST.message)
 
 
+async def test_having_no_replica_is_a_problem_but_for_a_base_that_runs_only_while_it_is_used(
+    settings: Settings, store: Store
+) -> None:
+    bases = (BaseSettings(id="steady"), BaseSettings(id="rare", min_replicas=0))
+    service = make_service(settings.model_copy(update={"bases": bases, "base_aliases": {}}), store)
+    service.base.answers["stats"] = {}
+    async with service.http(service.key("ada", ("admin",))) as http:
+        steady, rare = (await http.get("/v1/tuneloom/bases")).json()["data"]
+    assert "one is starting, or fails to" in steady["problem"] and rare["problem"] is None
+    assert steady["replicas"] == rare["replicas"] == []
+
+
 async def test_a_base_that_hangs_holds_up_the_list_once(
     settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

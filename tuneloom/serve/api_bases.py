@@ -160,6 +160,8 @@ class BasesApi:
             problem = None
         except TuneloomError as error:
             answers, problem = {}, error.message
+        if not answers and problem is None and base.fewest_replicas:
+            problem = "no replica takes requests at the moment: one is starting, or fails to"
         pins = await anyio.to_thread.run_sync(read_pins, self._records, base.id)
         return {
             "object": "tuneloom.base",
