@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -24,7 +24,7 @@ from tuneloom.store.base import BlobExists, BlobNotFound, StoreRefused
 
 logger = logging.getLogger(__name__)
 
-API_VERSION = "2020-10-01"
+VERSION_HEADER = (b"openai-version", b"2020-10-01")
 EXPOSED_HEADERS = (
     "x-request-id",
     "openai-version",
@@ -112,13 +112,14 @@ class Edge:
             nonlocal is_sent
             if message["type"] == "http.response.start":
                 is_sent = True
-                headers = MutableHeaders(scope=message)
-                headers["openai-version"] = API_VERSION
-                headers["openai-processing-ms"] = str(round((self._clock() - started) * 1000))
+                # Nobody below sets any of these, so that none has to be looked for.
+                headers = {"openai-processing-ms": str(round((self._clock() - started) * 1000))}
                 if principal := state.get("principal"):
                     headers["openai-organization"] = principal.owner
                 if gate := state.get("gate"):
                     headers.update(gate.headers)
+                encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+                message["headers"] = [*message.get("headers", ()), VERSION_HEADER, *encoded]
             await send(message)
 
         try:
