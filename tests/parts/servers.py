@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 from tests.parts import install
 
 HOST = "127.0.0.1"
@@ -50,7 +52,21 @@ def firestore(rules: Path | None = None, port: int | None = None) -> Iterator[Se
         *([f"--rules={rules}"] if rules else []),
     ]
     with running(command, port) as server:
+        _warm_up(server)
         yield server
+
+
+def _warm_up(server: Server) -> None:
+    """On a busy machine the first commit takes longer than any caller waits: a Java program has to get going."""
+    path = "projects/demo-warm-up/databases/(default)/documents"
+    write = {"update": {"name": f"{path}/warm/up", "fields": {}}}
+    headers = {"Authorization": "Bearer owner"}
+    for method, body in (
+        ("commit", {"writes": [write]}),
+        ("runQuery", {"structuredQuery": {"from": [{"collectionId": "warm"}]}}),
+    ):
+        url = f"http://{server.address}/v1/{path}:{method}"
+        httpx.post(url, json=body, headers=headers, timeout=START_TIMEOUT_S, trust_env=False).raise_for_status()
 
 
 @contextlib.contextmanager
