@@ -22,6 +22,7 @@ WORDS = [
     "HOOK",
     "SENT",
     "EVENT",
+    "ENTRY",
     "MODEL",
     "PINNED",
     "CHECK",
@@ -155,7 +156,7 @@ CALLS: dict[str, list[Call]] = {
     f"{OURS}/keys/{{id}}/revoke": [post(f"{OURS}/keys/KEY/revoke")],
     f"{OURS}/keys/{{id}}/rotate": [post(f"{OURS}/keys/KEY/rotate", {"overlap": "1h"})],
     f"{OURS}/webhooks": [
-        *get(f"{OURS}/webhooks"),
+        *get(f"{OURS}/webhooks", f"{OURS}/webhooks?after=HOOK"),
         post(f"{OURS}/webhooks", {"url": "https://example.com/mine", "event_types": ["fine_tuning.job.succeeded"]}),
     ],
     f"{OURS}/webhooks/{{id}}": [
@@ -165,11 +166,13 @@ CALLS: dict[str, list[Call]] = {
     ],
     f"{OURS}/webhooks/{{id}}/test": [post(f"{OURS}/webhooks/HOOK/test")],
     f"{OURS}/webhooks/{{id}}/rotate": [post(f"{OURS}/webhooks/HOOK/rotate", {"overlap": "1h"})],
-    f"{OURS}/webhooks/{{id}}/deliveries": get(f"{OURS}/webhooks/HOOK/deliveries"),
+    f"{OURS}/webhooks/{{id}}/deliveries": get(
+        f"{OURS}/webhooks/HOOK/deliveries", f"{OURS}/webhooks/HOOK/deliveries?after=SENT"
+    ),
     f"{OURS}/webhooks/{{id}}/deliveries/{{delivery}}": get(f"{OURS}/webhooks/HOOK/deliveries/SENT"),
     f"{OURS}/webhooks/{{id}}/deliveries/{{delivery}}/replay": [post(f"{OURS}/webhooks/HOOK/deliveries/SENT/replay")],
     "/v1/webhook_endpoints": [
-        *get("/v1/webhook_endpoints"),
+        *get("/v1/webhook_endpoints", "/v1/webhook_endpoints?after=HOOK"),
         post("/v1/webhook_endpoints", {"url": "https://example.com/mine", "name": "mine", "event_types": ["x"]}),
     ],
     "/v1/webhook_endpoints/{id}": [
@@ -194,7 +197,12 @@ CALLS: dict[str, list[Call]] = {
         *get(f"{OURS}/limits/OWNER"),
         *(Call(method, f"{OURS}/limits/OWNER", {"json": {"jobs": 1}}) for method in ("PUT", "POST", "DELETE")),
     ],
-    f"{OURS}/audit": get(f"{OURS}/audit"),
+    f"{OURS}/audit": get(
+        f"{OURS}/audit",
+        f"{OURS}/audit?after=ENTRY",
+        f"{OURS}/audit?before=ENTRY",
+        f"{OURS}/audit?resource_ids[]=JOB&actor_ids[]=KEY",
+    ),
     "/v1/organization/audit_logs": get("/v1/organization/audit_logs?actor_ids[]=KEY"),
     "/v1/organization/admin_api_keys": [
         *get("/v1/organization/admin_api_keys"),

@@ -74,6 +74,7 @@ async def make_tenant(service: Service, owner: str) -> Tenant:
             "DRAFT": await made(f"{OURS}/drafts", json={**DRAFT, "description": f"As said by {owner}."}),
             "EVENT": (await http.get(f"{JOBS}/{job}/events")).json()["data"][0]["id"],
         }
+        names["ENTRY"] = (await http.get(f"{OURS}/audit")).json()["data"][0]["id"]
         # Nobody sends here: its row in the log is what counts.
         assert (await http.post(f"{OURS}/webhooks/{hook}/test")).status_code == 503
         names["SENT"] = (await http.get(f"{OURS}/webhooks/{hook}/deliveries")).json()["data"][0]["id"]
