@@ -13,8 +13,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -212,6 +214,28 @@ def test_secrets_and_sockets_are_their_users_alone(tmp_path: Path):
             cluster._ray_folder(deep)
     finally:
         shutil.rmtree(folder.parent)
+
+
+def test_the_proxy_of_a_shell_does_not_come_between_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_grpc_proxy", raising=False)
+    monkeypatch.setenv("no_proxy", "intranet.example")
+    server = grpc.server(ThreadPoolExecutor(1))
+    answer = grpc.unary_unary_rpc_method_handler(lambda request, context: b"here")
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("replica", {"call": answer}),))
+    port = server.add_insecure_port("0.0.0.0:0")
+    server.start()
+    try:
+        own = cluster._own_address()
+        settings = config.Settings(home=tmp_path)
+        environment = cluster._environment(settings, make_state(tmp_path, gcs_address=f"{own}:1"))
+        assert environment["http_proxy"] and "intranet.example" in environment["no_grpc_proxy"].split(",")
+        monkeypatch.setenv("no_grpc_proxy", environment["no_grpc_proxy"])
+        for host in (own, "127.0.0.1", "localhost"):
+            with grpc.insecure_channel(f"{host}:{port}") as channel:
+                assert channel.unary_unary("/replica/call")(b"", timeout=20) == b"here"
+    finally:
+        server.stop(None).wait()
 
 
 def test_there_are_cpus_for_all_that_is_configured(tmp_path: Path):

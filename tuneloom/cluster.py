@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -302,6 +302,7 @@ def _environment(settings: Settings, state: ClusterState) -> dict[str, str]:
         **client_environment(home, state),
         **PROXY_ENVIRONMENT,
         **modes.environment(settings.gateway, _short_folder(home), ports.free_ports(modes.NUM_PORTS)),
+        "no_grpc_proxy": _no_proxy(inherited, state),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         # Ray starts its workers at 15, replicas too: any other work of the machine would then come before a request.
@@ -313,6 +314,13 @@ def _environment(settings: Settings, state: ClusterState) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
+
+
+def _no_proxy(inherited: Mapping[str, str], state: ClusterState) -> str:
+    """What gRPC reaches without the proxy of the shell, if that names one: replicas call each other by it."""
+    known = next((inherited[name] for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY") if inherited.get(name)), None)
+    own, _, _ = state.gcs_address.rpartition(":")
+    return ",".join(filter(None, (known, own, "127.0.0.1", "localhost")))
 
 
 def _ray_folder(home: Path) -> Path:
