@@ -208,6 +208,27 @@ def test_a_launch_that_died_with_its_control_is_made_again(open_desk: Open):
     assert made["drafters"][0]["losses"] == 1
 
 
+def test_rows_that_the_store_has_lost_are_counted_and_do_not_hold_up_the_end(open_desk: Open):
+    gate = threading.Event()
+    rows = Rows()
+
+    def model(ask: Ask) -> Reply:
+        if ask.number == 2:
+            gate.wait(30)
+        return rows(ask)
+
+    desk = open_desk(model)
+    id = desk.create(rows=20, seed_rows=[{"instruction": "a", "output": "b"}])["id"]
+    desk.until(lambda: desk.get(id)["rows"] == 10)
+    for blob in desk.store.blobs.list(f"drafts/{id}"):
+        desk.store.blobs.delete(blob.key)
+    gate.set()
+    made = desk.run(id)
+    assert made["status"] == "succeeded" and made["rows"] == 10, made
+    assert made["counts"]["dropped"] == {"unreadable": 10} and made["partial"]
+    assert made["counts"]["received"] == made["counts"]["kept"] + 10
+
+
 def test_a_drafter_that_is_always_lost_fails_in_the_end(open_desk: Open):
     desk = open_desk(max_losses=2)
 

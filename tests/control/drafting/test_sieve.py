@@ -21,12 +21,38 @@ def text_of(seed: int, words: int) -> list[str]:
         ("A ﬁne café", "a fine cafe\u0301"),
         ("パスワードをリセット。", "パスワードをリセット"),
         ("!!!", "!!!"),
+        ("in\u200bvisible\ufeff", "invisible"),
+        ("well-known", "well known"),
+        ("नमस्ते, दुनिया!", "नमस्ते दुनिया"),
     ],
 )
 def test_case_spaces_punctuation_and_forms_make_no_new_text(one: str, other: str):
     seen = Seen(0.8)
     assert seen.add(one) is None
     assert seen.add(other) == "exact_duplicate"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is 2 + 2?", "What is 2 - 2?"),
+        ("Is x > 1?", "Is x < 1?"),
+        ("a degree of -5", "a degree of 5"),
+        ("I write C++", "I write C"),
+        ("I write C#", "I write C"),
+        ("it costs $5", "it costs €5"),
+        ("50% off", "50 off"),
+        ("👍", "👎"),
+        # Words that differ in a vowel sign.
+        ("कि", "की"),
+        ("பணம்", "பாணம்"),
+        ("টাকা", "টাকি"),
+    ],
+)
+def test_signs_of_sums_and_of_vowels_make_a_new_text(one: str, other: str):
+    seen = Seen(None)
+    assert seen.add(one) is None
+    assert seen.add(other) is None
 
 
 def test_numbers_and_words_make_a_new_text():

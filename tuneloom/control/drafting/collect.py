@@ -1,15 +1,24 @@
 """The rows of all drafters of a draft as one file: what is the same or too alike among them is dropped here."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tuneloom.control.drafting.ledger import read_rows
 from tuneloom.control.drafting.replies import encode
 from tuneloom.control.drafting.run import read_seeds
 from tuneloom.control.drafting.sieve import Sieve
 from tuneloom.domain import DraftBatch, DraftCounts, Drafter, DraftSpec
+from tuneloom.rows.fields import Wrong
 from tuneloom.store import Store
+from tuneloom.store.base import BlobCorrupt, BlobNotFound
+
+logger = logging.getLogger(__name__)
+
+# Other failures of the store pass.
+LOST = (BlobNotFound, BlobCorrupt, Wrong)
 
 
 @dataclass(frozen=True)
@@ -33,16 +42,33 @@ def batches_in_turn(drafters: Sequence[Drafter]) -> list[DraftBatch]:
 
 
 def collect(store: Store, spec: DraftSpec, drafters: Sequence[Drafter]) -> Collected:
-    """The same lines whenever it is asked for the same batches."""
-    sieve, lines, dropped = Sieve(spec, read_seeds(store, spec)), [], Counter[str]()
+    """The same lines whenever it is asked for the same batches.
+
+    What the store has lost is dropped: a draft is not to wait for it for ever.
+    """
+    sieve, lines, dropped = Sieve(spec, _seeds(store, spec)), [], Counter[str]()
     for batch in batches_in_turn(drafters):
-        for row in read_rows(store.blobs, batch):
+        try:
+            rows = read_rows(store.blobs, batch)
+        except LOST as error:
+            logger.error("rows of a draft cannot be read: %s: %s", batch.blob, error)
+            dropped["unreadable"] += batch.rows
+            continue
+        for row in rows:
             reason = sieve.is_new(row) or ("surplus" if len(lines) == spec.rows else None)
             if reason is None:
                 lines.append(encode(row) + b"\n")
             else:
                 dropped[reason] += 1
     return Collected(tuple(lines), dict(dropped))
+
+
+def _seeds(store: Store, spec: DraftSpec) -> list[dict[str, Any]]:
+    try:
+        return read_seeds(store, spec)
+    except LOST as error:
+        logger.error("seed rows of a draft cannot be read: %s: %s", spec.seeds, error)
+        return []
 
 
 def batches_by_time(drafters: Sequence[Drafter]) -> list[DraftBatch]:

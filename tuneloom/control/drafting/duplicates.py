@@ -1,5 +1,6 @@
 """Texts that are the same, or nearly so, among those seen before."""
 
+import functools
 import hashlib
 import itertools
 import re
@@ -12,10 +13,10 @@ from rensa import RMinHash, RMinHashLSH
 PERMUTATIONS, BANDS, SEED = 128, 32, 1
 MIN_SIMILARITY = 0.6
 
-# Words; and characters of scripts that put no spaces between them: Thai, Lao, Khmer, Burmese, Chinese, Japanese.
-_WORD = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]+"
-)
+# Of scripts that put no spaces between words each character counts: Thai, Lao, Khmer, Burmese, Chinese, Japanese.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+# What is not seen: soft hyphens, joiners, marks of direction, forms of emoji.
+_INVISIBLE = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 
 
 class Seen:
@@ -59,5 +60,21 @@ class Seen:
 
 
 def _words(text: str) -> list[str]:
-    """What counts of a text: not its case, spaces, punctuation or forms of characters."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    """What counts of a text: not its case, spaces, punctuation or forms of characters, but what is said by signs."""
+    return _word().findall(_INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold()))
+
+
+@functools.cache
+def _word() -> re.Pattern[str]:
+    """Words with their vowel signs and accents, which `\\w` leaves out; signs of sums, money, emoji; `-5`, `5%`, C#."""
+    marks, signs = _class("M"), _class("Sm", "Sc", "So")
+    # The first comes before the marks among it.
+    return re.compile(rf"[{_UNSPACED}]|(?:[^\W{_UNSPACED}]+|[{marks}]+)+|[{signs}^]|[-*/](?=\s?\d)|(?<=\d)%|(?<=\w)#")
+
+
+def _class(*categories: str) -> str:
+    """The characters of some categories of Unicode, as what stands between the brackets of a pattern."""
+    codes = [code for code in range(0x20000) if unicodedata.category(chr(code)).startswith(categories)]
+    runs = itertools.groupby(enumerate(codes), key=lambda pair: pair[1] - pair[0])
+    spans = [[code for _, code in run] for _, run in runs]
+    return "".join(f"\\U{span[0]:08x}-\\U{span[-1]:08x}" for span in spans)
