@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.engine.conftest import OpenCore, ref_of, request
 from tests.tiny import make_adapter
 from tuneloom.engine import kernels
+from tuneloom.engine.dense_cache import DenseCache
 from tuneloom.engine.fused import FusedMLP, FusedNorm, fuse
 from tuneloom.engine.kernels import Kernels
-from tuneloom.engine.kv_cache import DenseCache, KVShape
+from tuneloom.engine.kv_cache import KVShape
 from tuneloom.engine.linear import Product, ProductOptions
 from tuneloom.engine.lora import LoraLayers, PackOptions
 from tuneloom.generation import SamplingParams
@@ -232,3 +233,29 @@ def test_an_engine_with_kernels_scores_as_one_without(
         both = plain.keys() & native.keys()
         assert len(both) >= 15
         assert max(abs(plain[token] - native[token]) for token in both) < 0.15
+
+
+def test_by_kernels_no_bit_of_an_answer_depends_on_what_else_is_computed(
+    wide_base: Path, open_core: OpenCore, tiny_prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Drawn alone, and beside others in other chunks: the same tokens by exactly the same log-probabilities."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    adapter = ref_of(make_adapter(tmp_path / "a", wide_base, rank=6))
+    params = SamplingParams(max_tokens=10, temperature=1.1, top_p=0.9, seed=3, logprobs=2)
+
+    def check(_: Kernels) -> None:
+        answers = []
+        for step_tokens, others in ((256, 0), (48, 9)):
+            engine = open_core(base=wide_base, dtype="bf16", max_step_tokens=step_tokens)
+            assert engine.core.stats().extra["linears_packed"] == 8
+            for i in range(others):
+                engine.core.add(
+                    request(f"other{i}", tiny_prompts[i], params=params, adapter=adapter if i % 2 else None)
+                )
+            for id, which in (("base", None), ("adapter", adapter)):
+                engine.core.add(request(id, tiny_prompts[29], params=params, adapter=which))
+            engine.run()
+            answers.append([token for id in ("base", "adapter") for o in engine.outputs[id] for token in o.tokens])
+        assert answers[0] == answers[1] and len(answers[0]) == 20
+
+    on_kernels(check)
