@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuneloom.engine.blocks import BLOCK_TOKENS
-from tuneloom.engine.kv_cache import CacheBatch, Chunk, DenseCache, KVCache, KVShape
+from tuneloom.engine.dense_cache import DenseCache
+from tuneloom.engine.kv_cache import CacheBatch, Chunk, KVCache, KVShape
 from tuneloom.engine.paged_cache import PagedCache
 from tuneloom.errors import InvalidRequest
 

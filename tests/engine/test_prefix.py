@@ -13,8 +13,9 @@ from tests.engine.conftest import OpenCore, fetch_local, ref_of, request
 from tests.engine.test_bases import ARCHITECTURES, make_model
 from tests.tiny import make_adapter
 from tuneloom.engine.blocks import BLOCK_TOKENS
+from tuneloom.engine.dense_cache import DenseCache
 from tuneloom.engine.engine import LocalEngine
-from tuneloom.engine.kv_cache import CacheBatch, Chunk, DenseCache, KVCache, KVShape
+from tuneloom.engine.kv_cache import CacheBatch, Chunk, KVCache, KVShape
 from tuneloom.engine.options import EngineConfig
 from tuneloom.engine.paged_cache import PagedCache
 from tuneloom.engine.prefix import Chain, PrefixCache

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import CHATML, CORPUS
-from tuneloom.engine.text import Codec, TextStream
+from tuneloom.engine.text import Codec
+from tuneloom.engine.text_stream import TextStream
 from tuneloom.errors import InvalidRequest
 
 SMOLLM2 = (

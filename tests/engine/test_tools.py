@@ -11,7 +11,8 @@ import pytest
 
 from tests.templates import FAMILIES, write_family
 from tuneloom.engine.matcher import Grammars
-from tuneloom.engine.text import Codec, TextStream
+from tuneloom.engine.text import Codec
+from tuneloom.engine.text_stream import TextStream
 from tuneloom.engine.tool_grammar import tool_grammar
 from tuneloom.engine.tool_parser import CallParser
 from tuneloom.engine.tools import BARE, TAGGED

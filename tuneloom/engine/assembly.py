@@ -15,7 +15,8 @@ import torch
 from tuneloom.engine import kernels
 from tuneloom.engine.blocks import BLOCK_TOKENS
 from tuneloom.engine.checkpoint import Checkpoint
-from tuneloom.engine.kv_cache import DenseCache, KVCache, KVShape
+from tuneloom.engine.dense_cache import DenseCache
+from tuneloom.engine.kv_cache import KVCache, KVShape
 from tuneloom.engine.linear import ProductOptions
 from tuneloom.engine.loader import load_model, pick_device, pick_dtype
 from tuneloom.engine.lora import PackOptions

@@ -237,7 +237,7 @@ class _Choice:
     """
 
     def __init__(self, codec: "Codec", form: Form, stop: tuple[str, ...], logprobs: int | None) -> None:
-        from tuneloom.engine.text import StopStrings, TextStream
+        from tuneloom.engine.text_stream import StopStrings, TextStream
 
         self._codec = codec
         self._form = form
