@@ -135,6 +135,14 @@ def test_a_key_is_changed_rotated_and_shown(shell: Shell, tiny_home: Path):
     assert shown["previous_secret_ends_at"] > time.time()
 
 
+def test_in_production_no_command_takes_an_emulator_for_the_store(shell: Shell, monkeypatch: pytest.MonkeyPatch):
+    shell.home.mkdir(exist_ok=True)
+    (shell.home / "config.yaml").write_text("documents_url: firestore:my-project\n")
+    monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", "127.0.0.1:9")
+    for command in (["keys", "list"], ["keys", "revoke", "key_x"], ["audit"]):
+        assert shell(*command) == 1 and "`FIRESTORE_EMULATOR_HOST` is set" in shell.err
+
+
 def test_all_keys_of_an_owner_are_revoked_at_once(shell: Shell):
     for owner in ("ada", "ada", "bob"):
         assert shell("keys", "create", "--owner", owner) == 0

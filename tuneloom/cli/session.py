@@ -1,6 +1,7 @@
 """What commands share: the settings, a client of the running API, and ways to print."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -33,10 +34,12 @@ def read_settings(context: typer.Context) -> Settings:
 
 @contextmanager
 def open_store(context: typer.Context) -> "Iterator[Store]":
-    """The store of the chosen home, whether anything runs or not."""
+    """The store of the chosen home, whether anything runs or not; in production never an emulator."""
     from tuneloom import store
 
-    opened = store.open_store(read_settings(context))
+    settings = read_settings(context)
+    config.check_production(settings, os.environ)
+    opened = store.open_store(settings)
     try:
         yield opened
     finally:
