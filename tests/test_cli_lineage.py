@@ -100,6 +100,14 @@ def test_a_download_is_verified_as_a_folder_here_and_elsewhere(shell: Shell, hom
     assert not shell.home.exists(), "looking at a folder makes no installation"
 
 
+def test_a_merged_model_is_said_not_to_be_covered(shell: Shell, home: Path, tmp_path: Path):
+    merged = tmp_path / "merged"
+    assert shell("models", "export", "colours@v1", "--merged", "--to", str(merged)) == 0
+    assert shell("verify", str(merged)) == 1
+    failed = [line for line in shell.out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1 and failed[0].startswith("FAIL  weights: a merged model's are not covered")
+
+
 def test_what_somebody_else_signed_is_said_to_be_so(shell: Shell, home: Path, trained: tuple[Lab, Job]):
     path = adapter_blobs(home, trained[1]) / "lineage.json"
     other = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

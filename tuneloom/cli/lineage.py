@@ -120,7 +120,6 @@ def _check_document(
     sha256: str | None,
     store: "Store | None",
 ) -> Iterator[Check]:
-    from tuneloom.domain import adapter_sha256
     from tuneloom.store.lineage import LineageBroken, read_signed
 
     if raw is None:
@@ -134,18 +133,27 @@ def _check_document(
     lineage = signed.lineage
     yield Check("signature", True, f"fits all of the document, by key {signed.key_id}")
     yield _check_signer(settings, signed, public_key)
+    if isinstance(files, _FolderFiles) and files.is_merged:
+        what = f"a merged model's are not covered: the lineage is that of the adapter {lineage.adapter.sha256}"
+        yield Check("weights", False, f"{what}. Verify that one, and export it again")
+    else:
+        yield from _check_adapter(lineage, files, sha256)
+    yield from _check_base(settings, lineage)
+    for label, file in (("training file", lineage.training_file), ("validation file", lineage.validation_file)):
+        if file is not None:
+            yield _check_data(store, label, file.id, file.sha256)
+
+
+def _check_adapter(lineage: "Lineage", files: "_FolderFiles | _StoredFiles", sha256: str | None) -> Iterator[Check]:
+    from tuneloom.domain import adapter_sha256
+
     found = {}
     for file, expected in sorted(lineage.adapter.files.items()):
         yield (check := _check_hash(file, files.open, file, expected))
         found[file] = expected if check.is_ok else ""
     whole = adapter_sha256(found)
-    is_named = sha256 in (None, whole)
-    is_whole = whole == lineage.adapter.sha256 and is_named
+    is_whole = whole == lineage.adapter.sha256 and sha256 in (None, whole)
     yield Check("adapter", is_whole, whole if is_whole else "its files are not those of the lineage")
-    yield from _check_base(settings, lineage)
-    for label, file in (("training file", lineage.training_file), ("validation file", lineage.validation_file)):
-        if file is not None:
-            yield _check_data(store, label, file.id, file.sha256)
 
 
 def _check_signer(settings: "Settings", signed: "Signed", public_key: Path | None) -> Check:
@@ -208,6 +216,11 @@ class _FolderFiles:
 
     def open(self, name: str) -> BinaryIO:
         return (self._folder / name).open("rb")
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it holds a whole model instead of an adapter."""
+        return (self._folder / "config.json").is_file() and not (self._folder / "adapter_config.json").exists()
 
 
 class _StoredFiles:
