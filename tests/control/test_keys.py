@@ -53,6 +53,7 @@ def test_an_expiry_counts_from_now(store):
     "wrong, param",
     [
         ({"expires_in": "soon"}, "expires_in"),
+        ({"expires_in": "٣d"}, "expires_in"),
         ({"expires_in": 0}, "expires_in"),
         ({"expires_in": "99999w"}, "expires_in"),
         ({"scopes": ["root"]}, "scopes"),

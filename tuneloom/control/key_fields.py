@@ -11,7 +11,7 @@ MAX_LIFE_S = 10 * 365 * 86400.0
 MAX_OVERLAP_S = 90 * 86400.0
 MAX_MODELS = 100
 
-_DURATION = re.compile(r"(\d{1,10})([smhdw]?)")
+_DURATION = re.compile(r"([0-9]{1,10})([smhdw]?)")
 _UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 FindBase = Callable[[str], str | None]
