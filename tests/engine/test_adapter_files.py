@@ -105,6 +105,7 @@ def test_a_variant_that_is_switched_on_is_named_at_publish_and_at_load(
         {"alpha_pattern": {"k_proj": 1.5, "layers.1.mlp.gate_proj": 32}},
         {"use_rslora": True, "rank_pattern": {"v_proj": 6}, "alpha_pattern": {"v_proj": 5, "o_proj": 3}},
         {"targets": ("q_proj", "down_proj"), "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"task_type": None},
     ],
 )
 def test_factors_multiply_to_what_peft_adds_to_each_layer(

@@ -87,6 +87,7 @@ def rejection(folder: Path, *, base: str = BASE, max_rank: int = 64) -> str:
         ({"init_lora_weights": "gaussian"}, 4),
         ({"init_lora_weights": "orthogonal"}, 4),
         ({"exclude_modules": ["down_proj"]}, 4),
+        ({"task_type": None}, 4),
     ],
 )
 def test_what_peft_saves_for_plain_lora_is_accepted(
@@ -167,7 +168,6 @@ def test_the_base_may_be_named_by_its_id_or_a_local_path(folder: Path, name: str
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"auto_mapping": {"base_model_class": "X"}}, "auto_mapping"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ def test_a_base_that_is_stored_quantised_is_refused(base: Base, tmp_path: Path):
         merge(base, adapter, tmp_path / "merged")
 
 
-def test_the_memory_of_a_merge_counts_all_weights_in_fp32(base: Base):
-    assert memory_needed(base) > 4 * sum(
-        p.numel() for p in AutoModelForCausalLM.from_pretrained(base.path).parameters()
-    )
+def test_the_memory_of_a_merge_counts_all_weights_in_fp32_and_the_logits_that_are_compared(base: Base):
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base.path).parameters())
+    assert memory_needed(base) > 4 * weights
+    wide = replace(base, vocab_size=262_144)
+    assert memory_needed(wide) - memory_needed(base) > 4 * (4 * 4 * 48 * 262_000)

@@ -22,6 +22,7 @@ _READ = frozenset({"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_patter
 # What does not change the result of a trained adapter, whatever it says.
 _HARMLESS = frozenset(
     {
+        "auto_mapping",
         "base_model_name_or_path",
         "ensure_weight_tying",
         "eva_config",

@@ -38,7 +38,7 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     peft_type: Literal["LORA"]
-    task_type: Literal["CAUSAL_LM"]
+    task_type: Literal["CAUSAL_LM"] | None = None
     r: int = Field(gt=0)
     lora_alpha: int | float = Field(gt=0, allow_inf_nan=False)
     rank_pattern: dict[str, int] = {}
@@ -54,9 +54,11 @@ class AdapterConfig(BaseModel):
         return {module: next((rank for p, rank in patterns if p.match(module)), self.r) for module in modules}
 
 
-# Keys without any effect on what a trained adapter computes.
+# Keys without any effect on what a trained adapter computes. Without a `task_type`, PEFT notes the base's class in
+# `auto_mapping`.
 _HARMLESS = frozenset(
     {
+        "auto_mapping",
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
@@ -242,7 +244,8 @@ def _pair(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) 
             raise AdapterRejected(f"`{name[:200]}` is not part of a plain LoRA adapter. Train it without that part.")
         if match["module"] not in shapes:
             raise AdapterRejected(
-                f"The base has no linear layer `{match['module'][:200]}`. Is it another base's adapter?"
+                f"The base has no linear layer `{match['module'][:200]}` that an adapter can be served on; its head is "
+                "none. Is it another base's adapter?"
             )
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if not sides:

@@ -32,6 +32,8 @@ SHARD_SIZE = "4GB"
 # Tiny random models of nine architectures with adapters that turn all logits around: 4e-6 and 0.3 to 7 %.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.1}
 _PROBE_SHAPE = (4, 48)
+# Sets of logits that are held at once: of the base, wanted, rounded, written, and what their distance takes.
+MAX_LOGITS = 6
 # Written by transformers, or about the base alone.
 _NOT_COPIED = frozenset({"config.json", "model.safetensors.index.json", "README.md"})
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,10 +53,12 @@ class Merged:
 
 
 def memory_needed(base: Base) -> int:
-    """Bytes that a merge holds at its peak: all weights in fp32, and what a forward pass takes besides."""
+    """Bytes that a merge holds at its peak: all weights in fp32, what a forward pass takes besides, and the logits that
+    are compared.
+    """
     headers = [read_header(path) for path in base.path.glob("*.safetensors")]
     weights = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
-    return int(4 * weights * 1.1) + (256 << 20)
+    return int(4 * weights * 1.1) + (256 << 20) + MAX_LOGITS * 4 * math.prod(_PROBE_SHAPE) * base.vocab_size
 
 
 def merge(
