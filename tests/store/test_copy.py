@@ -1,3 +1,4 @@
+import itertools
 import os
 import random
 import signal
@@ -50,12 +51,15 @@ def fill(store: Store) -> None:
     values: list[Any] = [None, True, 1, 1.0, -0.5, 2**63 - 1, [1, [], {}], {"a b": {"": "q", "é": [None]}}, *HARD_TEXTS]
     for collection in store.records.collections:
         store.records.commit(*(Create(collection, f"{collection}-{i}", {"v": v}) for i, v in enumerate(values)))
+    # In the order of their code points, which is not that of UTF-16, nor that of an alphabet.
+    names = ["B", "a", "é", "日", "\ue000", "\uff5e", "🙂", "a%_", "o'clock", "x" * 1500]
+    store.records.commit(*(Create("keys", name, {"v": name[:9]}) for name in names))
     for start in (0, PAGE):
         store.records.commit(*(Create("events", f"{start + i:06}", {"i": i}) for i in range(PAGE)))
     chooser = random.Random(0)
     for i in range(NUM_BLOBS):
         store.blobs.write(f"jobs/{i % 7}/a{i}", chooser.randbytes(chooser.choice((0, 1, 1000, 300_000))))
-    store.blobs.write("files/large", chooser.randbytes(20_000_000))
+    store.blobs.write("files/large", chooser.randbytes(9_000_000))
 
 
 def content(store: Store) -> tuple[dict[Any, Any], dict[str, bytes]]:
@@ -67,16 +71,19 @@ def content(store: Store) -> tuple[dict[Any, Any], dict[str, bytes]]:
     return documents, {info.key: store.blobs.read(info.key) for info in store.blobs.walk()}
 
 
-def test_an_installation_goes_to_the_cloud_and_comes_back_the_same(local: str, cloud: str, tmp_path: Path) -> None:
-    with opened(local, cloud, pair(tmp_path / "back")) as (here, there, back):
-        fill(here)
-        first = copy_store(here, there)
-        second = copy_store(there, back)
-        assert first.is_equal and second.is_equal
-        assert content(here) == content(there) == content(back)
-    assert first.copied_blobs == first.blobs == second.blobs == NUM_BLOBS + 1
-    assert first.copied_records == sum(first.records.values()) == sum(second.records.values()) > 2 * PAGE
-    assert all(first.records.values())
+def test_an_installation_goes_through_every_pair_and_comes_back_the_same(
+    local: str, cloud: str, firestore_url: str, gcs_url: str, tmp_path: Path
+) -> None:
+    records, bytes_of = pair(tmp_path / "mixed").split(",")
+    others = [f"{firestore_url}-other,{bytes_of}", cloud, f"{records},{gcs_url}-other", pair(tmp_path / "back")]
+    with opened(local, *(url.replace("/(default)-other", "-other/(default)") for url in others)) as stores:
+        fill(stores[0])
+        for here, there in itertools.pairwise(stores):
+            result = copy_store(here, there)
+            assert result.is_equal and all(result.records.values())
+            assert result.copied_blobs == result.blobs == NUM_BLOBS + 1
+            assert result.copied_records == sum(result.records.values()) > 2 * PAGE
+        assert content(stores[0]) == content(stores[2]) == content(stores[-1])
 
 
 @pytest.mark.parametrize("kind", ["local", pytest.param("cloud", marks=pytest.mark.cloud)])
