@@ -32,7 +32,7 @@ def _score(trainer: Any, model: Any, row: Scored) -> list[float]:
     ids_T = torch.tensor(row.ids, device=device)
     places_K = torch.tensor(row.places, device=device)
     inputs = {"input_ids": ids_T[None], "attention_mask": torch.ones_like(ids_T)[None]}
-    with trainer.compute_loss_context_manager():
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         logits_KV = model(**inputs, use_cache=False, logits_to_keep=places_K - 1).logits[0]
     chosen_K = logits_KV.float().log_softmax(-1).gather(-1, ids_T[places_K][:, None])
     return chosen_K.squeeze(-1).tolist()
