@@ -34,7 +34,7 @@ class Prior:
     factor: float
 
 
-CPU = Prior(20.0, 2.0e-11, 0.015, 1.2e-9, 3.0)
+CPU = Prior(20.0, 2.0e-11, 0.015, 4e-10, 3.0)
 # Four operations per token and parameter (forward, and backward through frozen weights) at 30 of an L4's 121 Tflop/s.
 GPU = Prior(30.0, 1.3e-13, 0.1, 1e-11, 4.0)
 # What the time of a step may be, in that of the prior, where jobs tell; how much more likely the prior itself is, as
