@@ -142,6 +142,13 @@ def test_a_create_that_is_sent_again_makes_one_endpoint_and_tells_the_same_secre
     assert keyed[0] == keyed[1] != first["id"]
 
 
+@pytest.mark.parametrize("overlap", ["8d", -1, "", 1.5, True, [], "soon"])
+def test_a_wrong_overlap_is_named(api, overlap):
+    made = create(api)
+    assert_error(api.post(f"{OURS}/{made['id']}/rotate", json={"overlap": overlap}, key=KEY), 400, "overlap")
+    assert api.get(f"{OURS}/{made['id']}", key=KEY).json()["signing_secret_hint"] == made["signing_secret_hint"]
+
+
 def test_a_rotation_that_is_sent_again_rotates_once(api):
     made = create(api)
     path = f"{OURS}/{made['id']}/rotate"

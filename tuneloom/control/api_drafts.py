@@ -14,9 +14,10 @@ from tuneloom.control import audit, drafts, files, repeat
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, in_thread, query_choice, query_int
 from tuneloom.control.draft_events import HEADERS, Streams, progress
+from tuneloom.control.draft_view import show_draft
 from tuneloom.control.drafting.duplicates import MIN_SIMILARITY
 from tuneloom.control.pages import read_page
-from tuneloom.domain import Draft, DraftCounts, Drafter, DraftFormat, DraftRole, DraftSpec, Principal, RowLength, new_id
+from tuneloom.domain import Draft, DraftFormat, DraftRole, DraftSpec, Principal, RowLength, new_id
 from tuneloom.errors import InvalidRequest, RateLimited
 from tuneloom.store.base import BlobNotFound, Write
 
@@ -122,6 +123,9 @@ class DraftsApi:
     def _spec(self, body: CreateDraft, seeds: str | None, seed_rows: int) -> DraftSpec:
         settings, max_time_s = self._settings, self._settings.max_time_s
         provider, model = drafts.choose_provider(settings, body.provider, body.model)
+        _check_said("description", body.description)
+        for index, topic in enumerate(body.topics):
+            _check_said(f"topics.{index}", topic)
         roles = drafts.deal(body.roles, body.drafters)
         _at_most("rows", body.rows, settings.max_rows, "drafting.max_rows")
         _at_most("drafters", len(roles), settings.max_drafters, "drafting.max_drafters")
@@ -233,50 +237,9 @@ class DraftsApi:
         return show_draft(draft, drafts.drafters_of(self._records, draft))
 
 
-def show_draft(draft: Draft, drafters: list[Drafter]) -> dict[str, Any]:
-    """`drafters` are those of a draft that runs; one that has ended holds what is left of them."""
-    spec, price = draft.spec, draft.spec.price
-    counts = sum((each.counts for each in drafters), DraftCounts()) if drafters else draft.counts
-    cost = None if price is None else price.cost(counts.input_tokens, counts.output_tokens)
-    return {
-        "id": draft.id,
-        "object": "tuneloom.draft",
-        "created_at": int(draft.created_at),
-        "started_at": None if draft.started_at is None else int(draft.started_at),
-        "finished_at": None if draft.finished_at is None else int(draft.finished_at),
-        "status": draft.state,
-        "is_cancelling": draft.cancel_requested_at is not None and not draft.is_terminal,
-        "partial": draft.partial,
-        "ended_by": draft.ended_by,
-        "error": None if draft.error is None else draft.error.model_dump(include={"code", "message"}),
-        "rows": draft.rows if draft.is_terminal else counts.kept,
-        "file_id": draft.file_id,
-        "counts": counts.model_dump(),
-        "cost": cost,
-        "currency": None if price is None else price.currency,
-        "round": draft.round,
-        "drafters": [_show_drafter(each) for each in drafters or draft.drafters],
-        "request": {
-            **spec.model_dump(exclude={"seeds", "price", "max_output_tokens", "roles", "rows"}),
-            "rows": spec.rows,
-            "drafters": len(spec.roles),
-            "roles": list(spec.roles),
-        },
-        "provenance": draft.provenance,
-    }
-
-
-def _show_drafter(drafter: Any) -> dict[str, Any]:
-    """A Drafter, or the DrafterReport that is left of it."""
-    return {
-        "number": drafter.number,
-        "role": drafter.role,
-        "status": drafter.state,
-        "outcome": drafter.outcome,
-        "losses": drafter.losses,
-        "counts": drafter.counts.model_dump(),
-        "error": None if drafter.error is None else drafter.error.model_dump(include={"code", "message"}),
-    }
+def _check_said(param: str, text: str) -> None:
+    if not text.strip():
+        raise InvalidRequest(f"Invalid `{param}`: it is blank.", param=param)
 
 
 def _at_most(param: str, value: float, limit: float, setting: str) -> None:

@@ -59,7 +59,11 @@ def explain(error: ValidationError) -> InvalidRequest:
 
 def _explain(first: ErrorDetails) -> InvalidRequest:
     kind, message = first["type"], first["msg"]
-    param = ".".join(str(part) for part in first["loc"]) or None
+    path = first["loc"]
+    if len(path) > 1 and path[-1] in ("str", "int") and kind.endswith(("_type", "_from_float")):
+        # The field may have either type, and this is which of them was tried.
+        path = path[:-1]
+    param = ".".join(str(part) for part in path) or None
     if kind == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON in UTF-8: {message.removeprefix('Invalid JSON: ')}.")
     if param is None:

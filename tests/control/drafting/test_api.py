@@ -49,6 +49,8 @@ def test_without_a_provider_the_setting_is_named(api: Api):
         ({"roles": ["standard"] * 3, "drafters": 2}, "roles", "3 for 2 drafters"),
         ({"roles": ["poet"]}, "roles.0", ""),
         ({"topics": [""]}, "topics.0", ""),
+        ({"topics": ["cables", " \n"]}, "topics.1", "it is blank"),
+        ({"description": "\u3000\t"}, "description", "it is blank"),
         ({"language": "klingon"}, "language", "ISO 639-1"),
         ({"length": {"min_chars": 9, "max_chars": 5}}, "length.min_chars", "above `max_chars` 5"),
         ({"length": {"min_lines": 9}}, "length.min_lines", ""),
