@@ -115,7 +115,9 @@ class Check:
         scan = Scan(method=self._spec.method, min_rows=self._train.min_rows if param == "training_file" else 1)
         reader = reader_for(self._spec, self._base, scan, self._renderer)
         builder = builder_for(self._spec) if keep is not None else None
-        tally = Tally()
+        tally = Tally(
+            has_overlap=self._spec.validation_file is not None or self._spec.options.validation_share is not None
+        )
         for line, example in reader.examples(source):
             tally.add(line, example)
             if builder is not None:
