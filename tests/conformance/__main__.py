@@ -89,7 +89,9 @@ def note(column: Column, line: dict[str, object]) -> None:
         print(f"{column.title} on {column.runtime}", flush=True)
         return
     name = str(line["name"])
-    if line["ok"]:
+    if line.get("lacks"):
+        column.lacking.add(name)
+    elif line["ok"]:
         column.passed.add(name)
     else:
         column.failures[name] = str(line["reason"])

@@ -21,6 +21,7 @@ from typing import Any
 import openai
 
 from tests.conformance import (
+    calls_account,
     calls_async,
     calls_chat,
     calls_completions,
@@ -31,7 +32,7 @@ from tests.conformance import (
     calls_service,
     calls_tools,
 )
-from tests.conformance.session import Session, Unmet, clean_up, open_session
+from tests.conformance.session import Lacking, Session, Unmet, clean_up, open_session
 
 CASES: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "cases.json").read_text())
 MODULES: dict[str, ModuleType] = {
@@ -46,17 +47,24 @@ MODULES: dict[str, ModuleType] = {
     "A finished job": calls_jobs,
     "Models": calls_models,
     "Async client": calls_async,
+    "Webhooks": calls_account,
+    "Keys": calls_account,
+    "Administration": calls_account,
 }
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one call: `name` is its key in cases.json; `reason` says why it is not ok."""
+    """What came of one call: `name` is its key in cases.json; `reason` says why it is not ok.
+
+    `lacks`: it was not made, since the client has no such call or the server's settings do not allow what it needs.
+    """
 
     name: str
     ok: bool
     seconds: float
     reason: str | None = None
+    lacks: bool = False
 
 
 def run(base_url: str, api_key: str, base: str | None = None) -> list[Result]:
@@ -78,17 +86,19 @@ def results(base_url: str, api_key: str, base: str | None = None) -> Iterator[Re
 
 def attempt(name: str, call: Callable[[Session], Any], session: Session) -> Result:
     started = time.monotonic()
-    reason = None
+    reason, lacks = None, False
     try:
         outcome = call(session)
         if inspect.iscoroutine(outcome):
             asyncio.run(outcome)
+    except Lacking:
+        lacks = True
     except Unmet as unmet:
         reason = str(unmet)
     except Exception as error:
         # Whatever a call raises is its result; the others go on.
         reason = f"{type(error).__name__}: {error}"
-    return Result(name, reason is None, round(time.monotonic() - started, 2), reason)
+    return Result(name, reason is None, round(time.monotonic() - started, 2), reason, lacks)
 
 
 def main() -> None:

@@ -20,6 +20,10 @@ class Unmet(Exception):
     """What the server did is not what an `openai` user may expect."""
 
 
+class Lacking(Exception):
+    """The client has no such call, or the settings of the server do not allow what it needs."""
+
+
 @dataclass
 class Session:
     """One owner on a running server. Calls run in order and find here what earlier ones made."""
@@ -35,6 +39,7 @@ class Session:
     token: str
     other_id: int
     other: str
+    began: int
     made: dict[str, Any] = field(default_factory=dict)
 
     def earlier(self, name: str) -> Any:
@@ -69,6 +74,7 @@ class Session:
 
 def open_session(base_url: str, api_key: str, base: str | None = None) -> Session:
     """A session of a new owner. `api_key` is an admin's; `base` is the first one that is served unless given."""
+    began = int(time.time())
     admin = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=TIMEOUT_S, max_retries=2)
     served = [model for model in admin.models.list() if model.owned_by == "tuneloom"]
     chosen = next((model for model in served if model.id == (base or more(model, "root"))), None)
@@ -80,7 +86,7 @@ def open_session(base_url: str, api_key: str, base: str | None = None) -> Sessio
     client = openai.OpenAI(base_url=base_url, api_key=key["secret"], timeout=TIMEOUT_S, max_retries=2)
     first, second = _letters(client, chosen.id)
     length = more(chosen, "max_model_len")
-    return Session(base_url, key["secret"], owner, client, admin, chosen.id, length, *first, *second)
+    return Session(base_url, key["secret"], owner, client, admin, chosen.id, length, *first, *second, began)
 
 
 def _letters(client: openai.OpenAI, model: str) -> list[tuple[int, str]]:

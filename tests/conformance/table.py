@@ -9,17 +9,21 @@ NO_ANSWER = "the driver ended before this call"
 
 @dataclass
 class Column:
-    """One client's results. `failures` has the reason of each call that is not ok; `problem` that of the whole run."""
+    """One client's results. `failures` has the reason of each call that is not ok; `problem` that of the whole run.
+
+    `lacking` are the calls that it does not have.
+    """
 
     title: str
     language: str
     runtime: str = "-"
     passed: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
+    lacking: set[str] = field(default_factory=set)
     problem: str | None = None
 
     def cell(self, name: str, only: str | None) -> str:
-        if only is not None and only != self.language:
+        if name in self.lacking or (only is not None and only != self.language):
             return "-"
         return "ok" if name in self.passed else "FAIL"
 
@@ -47,7 +51,7 @@ def page(cases: Cases, columns: Sequence[Column], *, server: str, date: str) -> 
         ),
         "",
         "A call is ok when the object or the error that the client gives is what is described, field by field; `-` "
-        "stands where a client has no such call.",
+        "stands where a client has no such call, or where the server's settings do not allow what it needs.",
     ]
     return "\n".join([*head, *_tables(cases, columns), *_failures(cases, columns)]) + "\n"
 

@@ -41,6 +41,13 @@ def test_the_page_shows_what_failed_and_why():
     assert not is_green(CALLS, [python, node])
 
 
+def test_a_call_that_a_client_does_not_have_counts_neither_way():
+    column = Column("openai-python 1.9", "python", passed={"async_chat"}, lacking={"files_list"})
+    assert is_green(CALLS, [column])
+    text = page(CALLS, [column], server="tuneloom 0", date="1 May 2030")
+    assert "| `files.list` | newest first | - |" in text and "1 of 1" in text
+
+
 def test_a_page_without_failures_is_green():
     column = Column("openai-python 9.9", "python", passed={"files_list", "async_chat"})
     assert is_green(CALLS, [column])

@@ -5,6 +5,7 @@
 import { readFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 import { VERSION } from 'openai/version';
+import * as account from './calls_account.mjs';
 import * as chat from './calls_chat.mjs';
 import * as completions from './calls_completions.mjs';
 import * as errors from './calls_errors.mjs';
@@ -13,7 +14,7 @@ import * as jobs from './calls_jobs.mjs';
 import * as models from './calls_models.mjs';
 import * as service from './calls_service.mjs';
 import * as tools from './calls_tools.mjs';
-import { Session, Unmet } from './session.mjs';
+import { Lacking, Session, Unmet } from './session.mjs';
 
 const MODULES = {
   Files: files,
@@ -25,19 +26,24 @@ const MODULES = {
   Errors: errors,
   Service: service,
   'A finished job': jobs,
+  Webhooks: account,
+  Keys: account,
+  Administration: account,
   Models: models,
 };
 
 async function attempt(name, call, session) {
   const started = performance.now();
   let reason = null;
+  let lacks = false;
   try {
     await call(session);
   } catch (error) {
-    reason = error instanceof Unmet ? error.message : `${error.constructor.name}: ${error.message}`;
+    if (error instanceof Lacking) lacks = true;
+    else reason = error instanceof Unmet ? error.message : `${error.constructor.name}: ${error.message}`;
   }
   const seconds = Math.round((performance.now() - started) / 10) / 100;
-  return { name, ok: reason === null, seconds, reason };
+  return { name, ok: reason === null, seconds, reason, lacks };
 }
 
 const options = {

@@ -11,6 +11,9 @@ const WORDS = ['rain', 'sun', 'fox', 'dog', 'cafe', 'green', 'blue', 'left', 'ri
 /** What the server did is not what an `openai` user may expect. */
 export class Unmet extends Error {}
 
+/** The client has no such call, or the settings of the server do not allow what it needs. */
+export class Lacking extends Error {}
+
 /** One owner on a running server. Calls run in order and find here what earlier ones made. */
 export class Session {
   constructor(fields) {
@@ -20,6 +23,7 @@ export class Session {
 
   /** A session of a new owner. `apiKey` is an admin's; `base` is the first one that is served unless given. */
   static async open(baseURL, apiKey, base) {
+    const began = Math.floor(Date.now() / 1000);
     const admin = new OpenAI({ baseURL, apiKey, timeout: TIMEOUT_MS });
     const served = (await collect(admin.models.list())).filter((model) => model.owned_by === 'tuneloom');
     const chosen = served.find((model) => model.id === (base ?? model.root));
@@ -32,7 +36,8 @@ export class Session {
     const always = { [first.id]: 100 };
     const either = { [first.id]: 100, [second.id]: 100 };
     const contextLength = chosen.max_model_len;
-    return new Session({ baseURL, key, owner, client, admin, base: chosen.id, contextLength, first, second, always, either });
+    const found = { base: chosen.id, contextLength, first, second, always, either };
+    return new Session({ baseURL, key, owner, client, admin, began, ...found });
   }
 
   /** What an earlier call has left under `name`. */
