@@ -5,9 +5,10 @@ import pytest
 
 from tuneloom.config import Pepper, Settings, read_pepper, rotate_pepper
 from tuneloom.config import pepper as module
+from tuneloom.config.locks import alone
 from tuneloom.config.pepper import pepper_id
 from tuneloom.domain import hash_secret
-from tuneloom.errors import InvalidRequest
+from tuneloom.errors import InvalidRequest, Overloaded
 
 A, B, C = b"a" * 32, b"b" * 32, b"c" * 32
 
@@ -88,3 +89,11 @@ def test_a_file_that_cannot_be_written_says_how_to_rotate_elsewhere(settings):
     (settings.home / "pepper.lock").mkdir()
     with pytest.raises(InvalidRequest, match="every machine"):
         rotate_pepper(settings, set)
+
+
+def test_a_rotation_does_not_wait_for_ever_for_another(settings, monkeypatch):
+    read_pepper(settings)
+    monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.1)
+    with alone(settings.home / "pepper.lock", 0, Overloaded("taken")), pytest.raises(Overloaded, match="locked"):
+        rotate_pepper(settings, set)
+    assert rotate_pepper(settings, set)
