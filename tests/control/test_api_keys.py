@@ -111,6 +111,17 @@ def test_a_job_sent_again_shows_its_first_key_until_somebody_has_used_it(api):
     assert find(api, seen["secret"]) == seen["id"]
 
 
+def test_a_secret_that_is_in_use_is_not_replaced_by_a_repetition_of_its_creation(api):
+    headers = {"idempotency-key": "k"}
+    made = api.post(KEYS, json={"name": "x"}, key=ADA, headers=headers).json()
+    stored = api.store.records.keys.get(made["id"])
+    api.store.records.commit(
+        api.store.records.keys.replace(stored, stored.value.model_copy(update={"last_used_at": 9}))
+    )
+    assert_error(api.post(KEYS, json={"name": "x"}, key=ADA, headers=headers), 409, None, made["id"])
+    assert find(api, made["secret"]) == made["id"]
+
+
 def test_who_may_not_make_keys_gets_no_first_one_and_no_job(api):
     weak = "ada:training,inference"
     body = {"model": BASE, "training_file": api.upload(key=weak), "tuneloom": {"first_key": True}}

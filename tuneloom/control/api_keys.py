@@ -18,7 +18,7 @@ from tuneloom.control.context import ApiContext, caller, check_may_use, in_threa
 from tuneloom.control.key_rights import check_covers, may_see, owner_of
 from tuneloom.control.keys import Minted
 from tuneloom.domain import ApiKey, Principal, Rates, model_id
-from tuneloom.errors import MissingParameter, ModelNotFound
+from tuneloom.errors import Conflict, MissingParameter, ModelNotFound
 from tuneloom.store.base import Write
 from tuneloom.store.records import Stored
 
@@ -132,8 +132,15 @@ class KeysApi:
         def make() -> tuple[str, Minted, list[Write]]:
             return minted.key.id, minted, keys.creation(self._records, minted.key, actor)
 
-        asked = identify(request, principal.owner, digest(raw))
-        return repeat.create_once(self._records, asked, make, lambda id: self._reissue(request, id))
+        def again(id: str) -> Minted:
+            if self._find(principal, id).value.last_used_at is not None:
+                raise Conflict(
+                    f"This request has made the key `{id}`, whose secret is in use. Rotate the key for a new secret.",
+                    code="key_in_use",
+                )
+            return self._reissue(request, id)
+
+        return repeat.create_once(self._records, identify(request, principal.owner, digest(raw)), make, again)
 
     async def list_keys(self, request: Request) -> Response:
         principal = caller(request)
