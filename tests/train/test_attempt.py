@@ -201,6 +201,41 @@ def test_a_pause_takes_effect_at_the_step_and_the_job_goes_on_from_there(
     assert final_adapter(lab, paused.id, tmp_path) == final_adapter(lab, whole.id, tmp_path)
 
 
+def test_a_pause_cuts_an_evaluation_off_which_is_made_up_for(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuneloom.train.lora import LoraTrainer
+
+    whole, paused = (lab.add_job(validation=ODD_ROWS) for _ in range(2))
+    run(lab, whole.id)
+    original = LoraTrainer.score
+    wanted: list[bool] = []
+
+    def score(self: LoraTrainer, tokens: Any, size: int, is_wanted: Callable[[], bool]) -> Any:
+        if not wanted:
+            lab.change_job(paused.id, state="paused")
+            deadline = time.monotonic() + 60
+            while is_wanted() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        wanted.append(is_wanted())
+        return original(self, tokens, size, is_wanted)
+
+    monkeypatch.setattr(LoraTrainer, "score", score)
+    assert run(lab, paused.id) == "paused"
+    assert lab.steps(paused.id) == list(range(1, 6)), "the step is told with its evaluation"
+    assert lab.checkpoint_steps(paused.id) == []
+    lab.next_attempt(paused.id)
+    assert run(lab, paused.id) == "published", lab.progress(paused.id).error
+
+    assert wanted == [False, True, True]
+    assert lab.steps(paused.id) == list(range(1, 13))
+    assert valid_losses(lab, paused.id) == valid_losses(lab, whole.id)
+    assert lab.losses(paused.id) == lab.losses(whole.id)
+    assert final_adapter(lab, paused.id, tmp_path) == final_adapter(lab, whole.id, tmp_path)
+    kept = lab.store.records.checkpoints.query({"job_id": paused.id})
+    assert all("valid_loss" in stored.value.metrics for stored in kept)
+
+
 def test_a_cancelled_job_stops_at_the_step_and_leaves_nothing_behind(lab: Lab, at_step: Schedule) -> None:
     job = lab.add_job()
     at_step(5, lambda: lab.change_job(job.id, state="cancelled") and None)

@@ -22,6 +22,7 @@ from tuneloom.train.lora import LoraTrainer
 from tuneloom.train.plan import Plan
 from tuneloom.train.team import StartAgain, Team
 
+pytestmark = pytest.mark.timeout(600)
 base, tokens = test_lora.base, test_lora.tokens
 
 RANK = """
@@ -83,6 +84,16 @@ def of(name: str, logs: list[dict[str, float]]) -> list[float]:
     return [each[name] for each in logs]
 
 
+def finished(processes: list[subprocess.Popen]) -> list[tuple[str, int]]:
+    """What each process printed and its exit code; none outlives this."""
+    try:
+        outputs = [process.communicate(timeout=540)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(output, process.returncode) for output, process in zip(outputs, processes, strict=True)]
+
+
 def together(task: Task) -> list[Any]:
     """What each process of the team found."""
     path = task.folder / "task.pickle"
@@ -93,23 +104,17 @@ def together(task: Task) -> list[Any]:
             [sys.executable, "-c", RANK, str(rank), str(path), str(file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank, file in enumerate(found)
     ]
-    for process in processes:
-        output, _ = process.communicate(timeout=540)
-        assert process.returncode == 0, output.decode()[-3000:]
+    for output, code in finished(processes):
+        assert code == 0, output[-3000:]
     return [pickle.loads(file.read_bytes()) for file in found]
 
 
-@pytest.mark.parametrize("more", [{}, {"packing": False, "passes": 4}], ids=["packed", "padded in parts"])
-def test_loss_curve_and_adapter_are_those_of_one_process(
-    base: Base,
-    tokens: Tokens,
-    tmp_path: Path,
-    more: dict[str, Any],
-) -> None:
-    plan = plan_for(base, tokens, **more)
+def test_loss_curve_and_adapter_are_those_of_one_process(base: Base, tokens: Tokens, tmp_path: Path) -> None:
+    plan = plan_for(base, tokens)
     alone, log = train(base, plan, tokens, tmp_path / "alone")
 
     (first, logs), (second, others) = together(Task(base, plan, tokens, tmp_path))
@@ -203,5 +208,5 @@ def test_who_waits_for_a_leader_that_leaves_is_told(tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank), f"file://{tmp_path}/meet"], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=540)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0] and "left alone" in outputs[1]
+    leader, other = finished(processes)
+    assert (leader[1], other[1]) == (0, 0) and "left alone" in other[0]

@@ -251,7 +251,9 @@ def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learne
         return wanted
     state = run.checkpoints.latest()
     _announce(run.voice, plan, state)
-    steps.go_on_from(state)
+    while not steps.go_on_from(state):
+        if (wanted := _early_end(run.pulse)) is not None:
+            return wanted
     if not steps.evaluations.is_over:
         if run.team.size > 1:
             run.team.tell(

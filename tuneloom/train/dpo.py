@@ -95,10 +95,13 @@ class PreferenceTrainer(LoraTrainer):
         return -logsigmoid(margins_P).sum() / num_pairs
 
     @torch.no_grad()
-    def score(self, tokens: PreferenceTokens, micro_size: int) -> Score:  # type: ignore[override]
+    def score(  # type: ignore[override]
+        self, tokens: PreferenceTokens, micro_size: int, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Score | None:
         """The mean loss of the validation pairs that `prepare` was given; changes nothing of the training.
 
-        The accuracy is that of the preferred answers' tokens; rewards have a mean margin and an accuracy of their own.
+        None if it was not wanted any more before all were scored. The accuracy is that of the preferred answers'
+        tokens; rewards have a mean margin and an accuracy of their own.
         """
         assert self._validation is not None and self._validation.tokens.num_rows == 2 * tokens.num_rows
         losses, margins, accuracies = [], [], []
@@ -106,6 +109,8 @@ class PreferenceTrainer(LoraTrainer):
         self.model.eval()
         try:
             for part in self._cut(self._validation, micro_size):
+                if not is_wanted():
+                    return None
                 inputs = self._prepare_inputs(self._inputs(self._validation, part))
                 with self.compute_loss_context_manager():
                     margins_P, accuracy = self._margins(self.model_wrapped, inputs)
@@ -137,7 +142,7 @@ class PreferenceTrainer(LoraTrainer):
         self.model.eval()
         frozen = self.model.disable_adapter() if self.plan.start is None else nullcontext()
         try:
-            with frozen, self.compute_loss_context_manager():
+            with frozen, self.compute_loss_context_manager(), self.accelerator.autocast():
                 for part in self._cut(referred, self.plan.micro_size):
                     if not np.isnan(known[part]).any():
                         continue

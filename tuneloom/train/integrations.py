@@ -90,6 +90,9 @@ class WandbCallback(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs:
             return
+        if self._metrics().get("step") != state.global_step:
+            # Its evaluation was cut off, and what it learned is told by the next process.
+            return
         more = {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
         self._put((state.global_step, {**self._metrics(), **more}))
 

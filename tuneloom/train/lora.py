@@ -193,8 +193,11 @@ class LoraTrainer(SFTTrainer):
         (folder / SCALE_FILE).write_text(repr(self._scale.value))
 
     @torch.no_grad()
-    def score(self, tokens: Tokens, micro_size: int) -> Score:
-        """How well the model predicts the learned tokens of other rows; changes nothing of the training."""
+    def score(self, tokens: Tokens, micro_size: int, is_wanted: Callable[[], bool] = lambda: True) -> Score | None:
+        """How well the model predicts the learned tokens of other rows; changes nothing of the training.
+
+        None if it was not wanted any more before all rows were scored.
+        """
         lengths = tokens.lengths
         order = np.argsort(-lengths, kind="stable").tolist()
         room = micro_size * int(lengths.max())
@@ -203,6 +206,8 @@ class LoraTrainer(SFTTrainer):
         self.model.eval()
         try:
             for rows in cut_by_tokens(order, lengths, room, padded=self._pad_id is not None):
+                if not is_wanted():
+                    return None
                 inputs = self._prepare_inputs(model_inputs(tokens, rows, pad_id=self._pad_id))
                 with self.compute_loss_context_manager():
                     output = self.model_wrapped(**inputs, fused_lm_head=True, use_cache=False)

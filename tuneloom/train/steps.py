@@ -11,6 +11,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from tuneloom.store.peft_folder import WEIGHTS_FILE
 from tuneloom.train import meter
 from tuneloom.train.best import BestAdapter
 from tuneloom.train.checkpoints import Checkpoints, SavedState
@@ -70,20 +71,33 @@ class Steps(TrainerCallback):
         self._saved_at = clock()
         self._pace = Pace()
         self._scored: dict[str, float] = {}
+        self._is_cut_off = False
+        # What the step logged whose evaluation was cut off.
+        self._unscored: dict[str, float] | None = None
 
     def follow(self, trainer: LoraTrainer) -> None:
         self._trainer = trainer
 
-    def go_on_from(self, state: SavedState | None) -> None:
-        """Know what was known when `state` was saved, and make its adapter callable."""
+    def go_on_from(self, state: SavedState | None) -> bool:
+        """Know what was known when `state` was saved, and make its adapter callable.
+
+        An evaluation that the end of the process cut off is made up for; False if this one is cut off too.
+        """
         self._places.best.restore(state.path if state else None)
         if state is None:
-            return
+            return True
         self.metrics = state.facts["metrics"]
         self._best_metrics = state.facts["best_metrics"]
         self.evaluations.restore(state.facts["evaluations"])
         adapter = state.path / STATE_ADAPTER
+        if (logs := state.facts.get("unscored")) is not None:
+            set_peft_model_state_dict(self.trainer.model, load_file(adapter / WEIGHTS_FILE))
+            if not self._evaluate(state.step):
+                return False
+            self._pace.start(self._clock(), state.step, self.trainer.batches.tokens_until(state.step))
+            self._tell(state.step, logs)
         self._places.publisher.checkpoint(adapter, state.step, self.metrics, self._plan.rank)
+        return True
 
     def last_step(self, state: SavedState | None) -> int:
         """The step at which training is over. Where that is before the last of the plan, it is told."""
@@ -106,7 +120,7 @@ class Steps(TrainerCallback):
         folder = self._places.best.folder
         if self.evaluations.patience is None or not folder.exists():
             return self.metrics
-        set_peft_model_state_dict(self.trainer.model, load_file(folder / "adapter_model.safetensors"))
+        set_peft_model_state_dict(self.trainer.model, load_file(folder / WEIGHTS_FILE))
         return self._best_metrics
 
     @property
@@ -127,9 +141,11 @@ class Steps(TrainerCallback):
         step = state.global_step
         self._pace.step(self._clock(), step, self.trainer.batches.tokens_until(step))
         ends_epoch = step % self._plan.steps_per_epoch == 0
-        if self._is_evaluated(step):
-            self._evaluate(step)
-        intent = self._pulse.intent(fresh=True)
+        intent, is_scored = self._pulse.intent(fresh=True), not self._is_evaluated(step)
+        while intent == "run" and not is_scored:
+            is_scored = self._evaluate(step)
+            intent = self._pulse.intent(fresh=True)
+        self._is_cut_off = not is_scored
         if intent == "cancel":
             control.should_training_stop = True
         elif intent in ("pause", "stop") or self.evaluations.is_over:
@@ -150,9 +166,18 @@ class Steps(TrainerCallback):
                 f"The loss is no number any more at step {step} (learning rate {logs['learning_rate']:.2g}). "
                 f"Use a smaller `learning_rate_multiplier`{wider}."
             )
+        if self._is_cut_off:
+            # The next process evaluates first, and then tells of this step.
+            self._unscored = logs
+        else:
+            self._tell(step, logs)
+
+    def _tell(self, step: int, logs: dict[str, float]) -> None:
+        """Report a step with what was logged of it."""
+        self._unscored = None
         self.metrics = {
             "step": float(step),
-            "train_loss": loss,
+            "train_loss": logs["loss"],
             "train_mean_token_accuracy": logs["mean_token_accuracy"],
             **{name: value for name, value in logs.items() if name.startswith("train_reward_")},
             **self._scored,
@@ -196,10 +221,12 @@ class Steps(TrainerCallback):
             "best_metrics": self._best_metrics,
             "evaluations": self.evaluations.facts(),
             "micro_size": self._plan.micro_size,
+            "unscored": self._unscored,
         }
         path = self._places.checkpoints.save(step, write, facts)
         self._places.deaths.saved()
-        self._places.publisher.checkpoint(path / STATE_ADAPTER, step, self.metrics, self._plan.rank)
+        if self._unscored is None:
+            self._places.publisher.checkpoint(path / STATE_ADAPTER, step, self.metrics, self._plan.rank)
         self._saved_at = self._clock()
 
     def _is_evaluated(self, step: int) -> bool:
@@ -208,9 +235,12 @@ class Steps(TrainerCallback):
         every = self._plan.evaluate_every_steps or self._plan.steps_per_epoch
         return step % every == 0 or step == self._plan.total_steps
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> bool:
+        """Score the validation rows; False if something else is wanted of the job before all are."""
         assert self._validation is not None, "there are rows to evaluate on"
-        score = self.trainer.score(self._validation, self._plan.micro_size)
+        score = self.trainer.score(self._validation, self._plan.micro_size, lambda: self._pulse.intent() == "run")
+        if score is None:
+            return False
         self._scored = {
             "valid_loss": score.loss,
             "valid_mean_token_accuracy": score.accuracy,
@@ -221,6 +251,7 @@ class Steps(TrainerCallback):
         is_best = self.evaluations.add(Evaluation(step, score.loss, score.accuracy))
         if is_best and self.evaluations.patience is not None:
             self._places.best.keep(lambda folder: save_adapter(self.trainer.model, folder, self._base_id))
+        return True
 
     def _is_due(self, step: int) -> bool:
         every = self._plan.checkpoint_every_steps
