@@ -18,13 +18,7 @@ from tuneloom.config import DraftingSettings
 from tuneloom.control.drafting.collect import Collected, collect
 from tuneloom.control.drafting.outcome import ended, store_file, telling, told
 from tuneloom.control.drafting.tasks import DrafterTasks
-from tuneloom.domain import (
-    Draft,
-    DraftCounts,
-    DraftEnd,
-    Drafter,
-    JobError,
-)
+from tuneloom.domain import Draft, DraftCounts, DraftEnd, Drafter, JobError
 from tuneloom.store import Store
 from tuneloom.store.base import StoreConflict, Write
 from tuneloom.store.records import Stored
