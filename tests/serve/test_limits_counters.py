@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from limits import RateLimitItemPerMinute, RateLimitItemPerSecond, aio
@@ -252,6 +253,46 @@ async def test_scripts_that_somebody_flushed_are_loaded_again(redis_url: str) ->
         taken: list[Taken] = await asyncio.gather(*(counters.take([charge()], (), "") for _ in range(5)))
         assert max(each.levels[0].used for each in taken) == 6
         assert counters.is_up
+    finally:
+        await counters.close()
+
+
+async def test_windows_of_one_owner_share_a_key_that_lives_as_long_as_the_longest(redis_url: str) -> None:
+    import redis
+
+    day, second = charge("rd:owner:ada", seconds=86_400), charge("rm:owner:ada", seconds=3)
+    counters = open_redis(redis_url)
+    with redis.Redis.from_url(redis_url) as admin:
+        try:
+            start_ms = (await counters.take([day, second], (), "")).levels[1].start_ms
+            await counters.take([second], (), "")
+            await counters.settle([Correction(second, start_ms, 3)], (), "")
+            (key,) = admin.scan_iter()
+            assert admin.pttl(key) > 86_400_000
+            both = admin.strlen(key)
+            assert [level.used for level in (await counters.take([day, second], (), "")).levels] == [2, 6]
+
+            # What is over leaves, and the rest is as it was.
+            await asyncio.sleep(6.1)
+            assert (await counters.take([day], (), "")).levels[0].used == 3
+            assert admin.strlen(key) == both / 2
+            assert (await counters.take([replace(second, cost=0)], (), "")).levels[0].used == 0
+        finally:
+            await counters.close()
+
+
+async def test_the_dead_hold_no_place_that_is_short(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuneloom.serve.limits_redis.PLACE_LIFE_S", 3.0)
+    counters = open_redis(redis_url)
+    try:
+        for holder in "abc":
+            assert (await counters.take((), [place(limit=4)], holder)).is_admitted
+        await asyncio.sleep(1.8)
+        await counters.hold([place(limit=4)], "c")
+        await asyncio.sleep(1.8)
+        taken = [await counters.take((), [place(limit=4)], holder) for holder in "defg"]
+        assert [each.is_admitted for each in taken] == [True, True, True, False]
+        assert taken[-1].held == (4,)
     finally:
         await counters.close()
 
