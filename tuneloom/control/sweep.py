@@ -23,9 +23,7 @@ FILE_CHECK_MEMORY_S = 600.0
 STATES_SWEEP_S = DAY_S
 
 
-def sweep(
-    store: Store, clock: Callable[[], float] = time.time, *, audit_days: int = 400, draft_days: int = 90
-) -> None:
+def sweep(store: Store, clock: Callable[[], float] = time.time, *, audit_days: int = 400, draft_days: int = 90) -> None:
     """One round; a few hundred records of each kind at most.
 
     Entries of the audit log are kept for `audit_days`, drafts that have ended for `draft_days`.
