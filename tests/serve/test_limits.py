@@ -274,6 +274,10 @@ async def test_whoever_signs_in_anonymously_again_creates_no_more_from_one_addre
     assert 429 not in created[:3] and created[3:] == [429, 429]
     assert await status("POST", 9, "198.51.100.2") != 429
     assert await status("GET", 9, "198.51.100.1") != 429
+    async with service.http("eyJhbm9.x.y") as http:
+        body = (await http.get("/v1/tuneloom/limits")).json()
+    told = [each["limit"] for each in body["rates"] if each["whose"] == "this address"]
+    assert told == ["requests per minute"]
 
 
 class Anonymous:

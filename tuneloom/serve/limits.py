@@ -10,7 +10,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tuneloom.config import Settings
@@ -131,7 +130,9 @@ class Limits:
         policies = self.policies
         caller = await policies.find(principal, address)
         asked = [charge for is_costly in (False, True) for charge in policies.other_charges(caller, is_costly)]
-        looks = [replace(charge, cost=0) for charge in [*policies.call_charges(caller, None, 0, 0), *asked]]
+        # Those of an anonymous person's address are among both.
+        each = {charge.key: charge for charge in [*policies.call_charges(caller, None, 0, 0), *asked]}
+        looks = [charge.costing(0) for charge in each.values()]
         taken, _ = await self._count(looks, (), "", "light")
         return caller, standing(looks, taken.levels)
 
