@@ -276,3 +276,11 @@ def test_the_same_alternatives_are_named_however_many_others_ask_for():
     logits = random_logits(2).round()
     alone = sample(logits[:1], [row(temperature=0.0, logprobs=3)])[0]
     assert sample(logits, [row(temperature=0.0, logprobs=3), row(temperature=0.0, logprobs=20)])[0].top == alone.top
+
+
+def test_every_seed_draws_its_own_numbers():
+    seeds = [0, 1, -1, 1 << 32, 1 << 62, (1 << 63) - 129, -(1 << 63), 1 - (1 << 63), (1 << 32) + 1]
+    draws = {seed: [SamplingState(SamplingParams(seed=seed), ()).draw() for _ in range(2)] for seed in seeds}
+    assert all(first == again for first, again in draws.values())
+    assert len({first for first, _ in draws.values()}) == len(seeds)
+    assert SamplingState(SamplingParams(), ()).draw() != SamplingState(SamplingParams(), ()).draw()

@@ -43,11 +43,8 @@ class SamplingState:
 
     def __init__(self, params: SamplingParams, prompt_ids: Rows[int], matcher: Matcher | None = None) -> None:
         self.matcher = matcher
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed % (1 << 63))
+        # Not torch's generator, to which seeds that agree in 32 bits are one.
+        self._generator = np.random.default_rng(None if params.seed is None else params.seed % (1 << 64))
         has_penalty = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
         self.counts = _Counts(prompt_ids if params.repetition_penalty != 1 else ()) if has_penalty else None
         self.bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
@@ -69,7 +66,7 @@ class SamplingState:
         return self.matcher is not None and self.matcher.is_complete
 
     def draw(self) -> float:
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return self._generator.random()
 
     def record(self, token_id: int) -> None:
         """Take note of a token of the answer."""
