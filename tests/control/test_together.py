@@ -46,6 +46,19 @@ async def test_who_asks_during_a_read_hears_what_was_written_since_it_began() ->
     assert not together._running and not together._next
 
 
+async def test_reads_of_a_name_keep_apart_and_the_first_does_not_wait() -> None:
+    store, together, clock = Store(), Together[int](apart_s=1.0), asyncio.get_running_loop().time
+    store.may_answer.set()
+    began = clock()
+    await together.get("ada", store.read)
+    await together.get("bob", store.read)
+    assert clock() - began < 1
+    store.written = 1
+    answers = await asyncio.gather(*(together.get("ada", store.read) for _ in range(5)))
+    assert clock() - began >= 0.99
+    assert (answers, store.reads) == ([1] * 5, 3)
+
+
 async def test_each_name_is_read_by_itself() -> None:
     store, together = Store(), Together[int]()
     await ask(together, store.read, "ada")

@@ -24,6 +24,8 @@ from tuneloom.store.base import BlobNotFound, Write
 from tuneloom.store.names import Named, find_named
 
 CHUNK_BYTES = 1 << 20
+# An owner who lists more often than this shares a read of the store with whoever asks meanwhile.
+LISTS_APART_S = 0.01
 
 
 class Activate(Body):
@@ -37,7 +39,7 @@ class ModelsApi:
         self._context = context
         self._store = context.store
         self._records = context.store.records
-        self._lists: Together[bytes] = Together()
+        self._lists: Together[bytes] = Together(LISTS_APART_S)
 
     def routes(self) -> list[Route]:
         ours = "/v1/tuneloom/models"
