@@ -214,18 +214,26 @@ def test_preferences_are_compared_on_both_of_their_answers(lab: Lab) -> None:
     assert any("Rendering equals serving" in text and "with one turn" in text for text in told)
 
 
+@pytest.mark.parametrize("how", ["does not fit", "bytes are too many"])
 def test_without_room_for_the_base_as_it_is_served_the_engine_takes_the_trainers_precision(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    rooms = iter([Room("the host", 1000)])
-    monkeypatch.setattr("tuneloom.engine.assembly.measure_room", lambda kind: next(rooms, None) or measure_room(kind))
+    looks: list[str] = []
+
+    def measure(kind: str) -> Room:
+        looks.append(kind)
+        if len(looks) == 1 and how == "bytes are too many":
+            raise MemoryError(how)
+        return Room("the host", 1000) if len(looks) == 1 else measure_room(kind)
+
+    monkeypatch.setattr("tuneloom.engine.assembly.measure_room", measure)
     job = lab.add_job(options=TrainOptions(rank=4, precision="fp32", quantization="nf4"), **FAST)
 
     made = published(lab, job)
 
     assert made.fidelity is not None and (made.fidelity.precision, made.fidelity.rows) == ("nf4", 16)
     assert made.fidelity_note is not None
-    assert "With an engine in nf4" in made.fidelity_note and "does not fit" in made.fidelity_note
+    assert "With an engine in nf4" in made.fidelity_note and how in made.fidelity_note
     assert [event.message for event in lab.events(job.id) if event.level == "warn"] == [made.fidelity_note]
 
 

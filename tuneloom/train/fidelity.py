@@ -21,6 +21,7 @@ from tuneloom.rows import Scan
 from tuneloom.store import Store
 from tuneloom.store.peft_folder import WEIGHTS_FILE, read_header
 from tuneloom.train.data import PreferenceTokens, Tokens, length_limit
+from tuneloom.train.failure import is_out_of_memory
 from tuneloom.train.inputs import Inputs
 from tuneloom.train.libraries import release_memory
 from tuneloom.train.render import Example, Renderer
@@ -123,10 +124,10 @@ def check_scores(
     for options in _engines(settings, base, precision):
         try:
             served, served_precision = _serve(options, base, adapter, rows)
-        except InvalidRequest as error:
-            if error.code != "out_of_memory":
+        except Exception as error:
+            if not (is_out_of_memory(error) or (isinstance(error, InvalidRequest) and error.code == "out_of_memory")):
                 raise
-            lacks.append(error.message)
+            lacks.append(str(error))
             continue
         note = f"With an engine in {served_precision}, for want of room as it is served: {lacks[0]}" if lacks else None
         return Compared(
