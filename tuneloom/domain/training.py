@@ -153,7 +153,8 @@ class Estimate(BaseModel):
     """What a run will take, before it starts. Each `_low` and `_high` bound nine of ten runs like it.
 
     `evaluated_tokens` are those of the validation rows, all evaluations together; `reference_tokens` those that DPO
-    scores once, before the first step. `based_on` says what the speed was taken from. `cost` is None without a price in the settings.
+    scores once, before the first step. `based_on` says what the speed was taken from. `cost` is None without a price in
+    the settings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
