@@ -18,6 +18,8 @@ from tuneloom.serve import members, modes
 from tuneloom.serve.app import base_app, schema
 from tuneloom.serve.guard import PROXY_ENVIRONMENT
 
+START_TIMEOUT_S = 240
+
 
 @dataclass
 class Cluster:
@@ -85,7 +87,9 @@ class ray_cluster:
         )
         deploy = schema(self._settings)
         serve.start(http_options=deploy["http_options"], logging_config=deploy["logging_config"])
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(deploy), _blocking=True)
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(deploy), _blocking=False)
+        # Serve's own wait is a minute, which a busy machine may need for the processes alone.
+        eventually(lambda: {app.status for app in serve.status().applications.values()} == {"RUNNING"}, START_TIMEOUT_S)
 
     def __exit__(self, *error: object) -> None:
         import ray
