@@ -8,8 +8,10 @@ from tests.control.conftest import BASE, PEPPER
 from tuneloom import bases
 from tuneloom.control import models
 from tuneloom.control.context import ApiContext
-from tuneloom.control.layout import import_layout
+from tuneloom.control.layout import at_hand, import_layout
 from tuneloom.errors import InvalidRequest
+from tuneloom.store import open_blobs
+from tuneloom.store.peft_folder import WEIGHTS_FILE
 
 
 @pytest.fixture
@@ -153,3 +155,34 @@ def test_a_folder_in_another_layout_is_refused(context, tmp_path):
     for folder in ("x", "nowhere"):
         with pytest.raises(InvalidRequest, match="no `NAME/vN` folders"):
             import_layout(context, "ada", tmp_path / folder, {})
+
+
+def test_a_bucket_comes_in_as_a_copy_of_it_does(context, bucket, tiny_adapters, gcs_url):
+    for number in (1, 2):
+        folder = add(bucket, "bot", number, tiny_adapters[number], {"base_model": BASE, "lora_r": number})
+        (folder / "adapter" / "optimizer.pt").write_bytes(b"not looked at")
+    (add(bucket, "pickled", 1, tiny_adapters[0], {"base_model": BASE}) / "adapter" / WEIGHTS_FILE).unlink()
+    blobs = open_blobs(gcs_url)
+    for path in bucket.rglob("*"):
+        if path.is_file():
+            blobs.write(path.relative_to(bucket).as_posix(), path)
+    keys = [blob.key for blob in blobs.walk()]
+
+    for _ in range(2):
+        with at_hand(gcs_url) as folder:
+            found = {each.found: (each.result, each.settings) for each in import_layout(context, "ada", folder, {})}
+        assert found.pop("pickled/v1")[0] == "refused"
+        assert [result for result, _ in found.values()] in (["added"] * 2, ["present"] * 2)
+        assert [settings["rank"] for _, settings in found.values()] == [1, 2]
+        assert not folder.exists()
+    assert active(context) == 2
+    assert [blob.key for blob in blobs.walk()] == keys
+    with at_hand(f"{gcs_url}/models") as folder:
+        assert {each.result for each in import_layout(context, "ada", folder, {})} == {"present", "refused"}
+    with pytest.raises(InvalidRequest, match="no `NAME/vN` folders"), at_hand(f"{gcs_url}/empty") as folder:
+        import_layout(context, "ada", folder, {})
+
+
+def test_a_url_without_a_bucket_is_refused():
+    with pytest.raises(InvalidRequest, match="does not name a bucket"), at_hand("gs://"):
+        pass

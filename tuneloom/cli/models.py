@@ -185,19 +185,19 @@ app.command("download", hidden=True)(export)
 @app.command("import-layout")
 def import_layout(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A folder with NAME/vN/adapter, as a copy of a bucket's `models/`.")],
+    source: Annotated[str, typer.Argument(help="A folder or gs://BUCKET/PREFIX with models/NAME/vN/adapter.")],
     base_map: Annotated[
         list[str] | None, typer.Option("--base-map", help="OLD=NEW: the base that OLD is called here; repeatable.")
     ] = None,
     owner: Owner = LOCAL_OWNER,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: also the settings that were found.")] = False,
 ) -> None:
-    """Add the models and versions of a folder in the layout `models/NAME/vN/adapter`; again, and it adds the rest."""
+    """Add the models and versions of a folder or bucket in the layout `models/NAME/vN/adapter`; again: the rest."""
     from tuneloom.control import layout
     from tuneloom.control.context import ApiContext
 
     renamed = dict(_split_pair(pair) for pair in base_map or ())
-    with open_store(context) as store:
+    with open_store(context) as store, layout.at_hand(source) as folder:
         api = ApiContext(read_settings(context), store, Pepper((b"",)), lambda: None)
         results = layout.import_layout(api, owner, folder, renamed)
     if as_json:

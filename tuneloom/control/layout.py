@@ -1,4 +1,4 @@
-"""Models from a folder in the layout `models/{name}/v{N}/adapter/`, beside each adapter perhaps `training_config.json`.
+"""Models from a folder or bucket in the layout `models/{name}/v{N}/adapter/`, there perhaps `training_config.json`.
 
 Versions come in one by one, in the order of their numbers, each in one commit; one that cannot is told and passed over.
 What has come in before is known by its content, so an import that was cut off is completed by running it again.
@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +23,17 @@ from tuneloom.control.context import ApiContext
 from tuneloom.control.retry import retry
 from tuneloom.domain import adapter_sha256, check_model_name
 from tuneloom.errors import AdapterRejected, InvalidRequest, TuneloomError
+from tuneloom.store import open_blobs
 from tuneloom.store.artifacts import ADAPTER_FILES
 from tuneloom.store.peft_folder import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, check_files, read_config
 
 TRAINING_CONFIG = "training_config.json"
 
 _VERSION = re.compile(r"v([1-9][0-9]{0,8})")
+# Keys of objects that are looked into, such as `models/bot/v1/adapter/adapter_config.json`.
+_READ = "|".join(map(re.escape, (*ADAPTER_FILES, TRAINING_CONFIG)))
+_IS_READ = re.compile(rf"/{_VERSION.pattern}/(adapter/({_READ})|{re.escape(TRAINING_CONFIG)})$")
+CHUNK_BYTES = 1 << 20
 _BASE_KEYS = ("base_model", "base_model_name_or_path", "model_name_or_path", "base_model_id", "model_id", "model_name")
 _ACTIVE_KEYS = ("active", "is_active")
 # Objects whose entries count as if they stood outside.
@@ -110,6 +116,28 @@ def import_layout(context: ApiContext, owner: str, folder: Path, base_map: dict[
     if not names:
         raise InvalidRequest(f"{folder} holds no `NAME/vN` folders. Give the copy of the bucket, or its `models`.")
     return [result for name in names for result in _import_model(context, owner, name, root / name, base_map)]
+
+
+@contextmanager
+def at_hand(source: str) -> Iterator[Path]:
+    """The folder `source`; of `gs://BUCKET/PREFIX` a copy of what an import reads, until the end of the context.
+
+    Raises:
+        InvalidRequest: the URL names no bucket.
+        StoreRefused, Overloaded: the bucket does not let us in, or does not answer.
+    """
+    if not source.startswith("gs://"):
+        yield Path(source)
+        return
+    blobs = open_blobs(source)
+    with tempfile.TemporaryDirectory(prefix="tuneloom-import-") as scratch:
+        for blob in blobs.walk():
+            if _IS_READ.search(f"/{blob.key}"):
+                path = Path(scratch, blob.key)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with blobs.open(blob.key) as content, path.open("xb") as copy:
+                    shutil.copyfileobj(content, copy, CHUNK_BYTES)
+        yield Path(scratch)
 
 
 def _version_folders(root: Path) -> list[Path]:
