@@ -106,12 +106,13 @@ class StubAuth:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             key = Headers(scope=scope)["authorization"].removeprefix("Bearer ")
-            owner, scopes, models = [*key.split(":"), "", ""][:3]
+            owner, scopes, models, ends = [*key.split(":"), "", "", ""][:4]
             principal = Principal(
                 owner=owner,
                 key_id="key_1",
                 scopes=tuple(scopes.split(",")),
                 models=tuple(models.split(",")) if models else (),
+                expires_at=float(ends) if ends else None,
             )
             scope.setdefault("state", {})["principal"] = principal
         await self.app(scope, receive, send)

@@ -187,6 +187,27 @@ def test_nobody_gains_a_model_by_a_key(api):
     assert_error(api.post(f"{KEYS}/{made['id']}", json={"models": []}, key=narrow), 403, "models")
 
 
+def test_nobody_gains_a_day_by_a_key(api):
+    ends = time.time() + 3600
+    brief = f"ada:account,inference,training::{ends}"
+    made = make(api, brief, scopes=["inference"])
+    assert made["expires_at"] == int(ends)
+    assert make(api, brief, scopes=["inference"], expires_in="10m")["expires_at"] < int(ends)
+    assert_error(api.post(KEYS, json={"expires_in": "2h"}, key=brief), 403, "expires_in")
+    for longer in (None, "2h"):
+        refused = api.post(f"{KEYS}/{made['id']}", json={"expires_in": longer}, key=brief)
+        assert_error(refused, 403, "expires_in", "Your key ends before")
+    lasting = make(api)
+    for call in (
+        api.post(f"{KEYS}/{lasting['id']}/rotate", json={}, key=brief),
+        api.delete(f"{KEYS}/{lasting['id']}", key=brief),
+    ):
+        assert_error(call, 403, "expires_in")
+    assert find(api, lasting["secret"]) == lasting["id"]
+    job = api.create_job(key=brief, suffix="brief", tuneloom={"first_key": True})
+    assert job["tuneloom"]["key"]["expires_at"] == int(ends)
+
+
 def test_a_key_for_some_models_sees_no_key_that_is_for_others(api):
     add_version(api.store)
     add_version(api.store, name="cat")

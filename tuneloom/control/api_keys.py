@@ -4,6 +4,7 @@ and nowhere else.
 For the scopes `account`, within an owner, and `admin`; see `key_rights`.
 """
 
+import dataclasses
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.routing import Route
 from tuneloom.control import audit, key_fields, keys, repeat
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, check_may_use, in_thread
-from tuneloom.control.key_rights import check_covers, may_see, owner_of
+from tuneloom.control.key_rights import check_covers, inherit_end, may_see, owner_of
 from tuneloom.control.keys import Minted
 from tuneloom.domain import ApiKey, Principal, Rates, model_id
 from tuneloom.errors import Conflict, MissingParameter, ModelNotFound
@@ -126,6 +127,7 @@ class KeysApi:
             models=self._models(principal, owner, body.models),
             rates=body.rates,
         )
+        minted = dataclasses.replace(minted, key=inherit_end(principal, minted.key))
         check_covers(principal, minted.key)
         actor = audit.actor_of(request)
 

@@ -3,11 +3,12 @@
 Its id is that of the job, so that a repetition of the create finds it again. Nothing of it is noted in the job.
 """
 
+import dataclasses
 import time
 
 from tuneloom.config import Pepper
 from tuneloom.control import keys
-from tuneloom.control.key_rights import check_covers, owner_of
+from tuneloom.control.key_rights import check_covers, inherit_end, owner_of
 from tuneloom.control.keys import Minted
 from tuneloom.domain import Actor, ApiKey, Job, Principal, model_name
 from tuneloom.store.base import Write
@@ -37,6 +38,7 @@ def draft(
         models=(name,),
         id=_id_of(job),
     )
+    minted = dataclasses.replace(minted, key=inherit_end(principal, minted.key))
     check_covers(principal, minted.key)
     return minted, keys.creation(records, minted.key, actor)
 

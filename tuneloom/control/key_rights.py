@@ -1,6 +1,6 @@
 """Who may look after which keys. `admin` may all; `account` those of its owner that may do no more than itself.
 
-So nobody gains by making or rotating a key: not a scope, not a model.
+So nobody gains by making or rotating a key: not a scope, not a model, not a day.
 """
 
 from tuneloom.domain import ApiKey, Principal
@@ -30,7 +30,7 @@ def check_covers(principal: Principal, key: ApiKey) -> None:
     """Refuse a key that may do what the caller may not.
 
     Raises:
-        PermissionDenied: it has another scope, or reaches other models.
+        PermissionDenied: it has another scope, reaches other models, or ends later.
     """
     if "admin" in principal.scopes:
         return
@@ -42,6 +42,21 @@ def check_covers(principal: Principal, key: ApiKey) -> None:
         raise PermissionDenied(
             f"Your key is only for {allowed}; another one must be for these or fewer.", param="models"
         )
+    if not _ends_in_time(principal, key):
+        raise PermissionDenied(
+            "Your key ends before this one does or would: ask for an earlier end.", param="expires_in"
+        )
+
+
+def inherit_end(principal: Principal, key: ApiKey) -> ApiKey:
+    """A new key that was given no end, with the end of the caller's own."""
+    if key.expires_at is not None or "admin" in principal.scopes:
+        return key
+    return key.model_copy(update={"expires_at": principal.expires_at})
+
+
+def _ends_in_time(principal: Principal, key: ApiKey) -> bool:
+    return principal.expires_at is None or (key.expires_at is not None and key.expires_at <= principal.expires_at)
 
 
 def _is_within(principal: Principal, key: ApiKey) -> bool:

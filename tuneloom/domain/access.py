@@ -30,7 +30,7 @@ class Principal(BaseModel):
 
     `kind`: an API key (`key_id` is its id), a person who signed in, or a person who did so anonymously (no key id).
     `models`: names of the only Models and bases that they may use; empty: all of the owner's. `rates`: the key's own.
-    `email`: a person's, whether they have verified it or not.
+    `email`: a person's, whether they have verified it or not. `expires_at`: the end of the key.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,6 +41,7 @@ class Principal(BaseModel):
     models: tuple[str, ...] = ()
     rates: Rates = Rates()
     email: str | None = None
+    expires_at: float | None = None
 
     def require(self, scope: Scope) -> None:
         """Raise PermissionDenied unless the caller has the scope; `admin` holds every scope."""

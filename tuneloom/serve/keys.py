@@ -179,7 +179,14 @@ def mask(secret: str) -> str:
 
 def _known(found: Found, read_at: float, current: HashedSecret) -> _Known:
     key = found.key
-    principal = Principal(owner=key.owner, key_id=key.id, scopes=key.scopes, models=key.models, rates=key.rates)
+    principal = Principal(
+        owner=key.owner,
+        key_id=key.id,
+        scopes=key.scopes,
+        models=key.models,
+        rates=key.rates,
+        expires_at=key.expires_at,
+    )
     is_current = found.is_previous or (key.hash, key.pepper) == (current.hash, current.pepper)
     return _Known(found, principal, read_at, None if is_current else current)
 
