@@ -420,7 +420,7 @@ def test_on_firestore_two_controls_send_each_delivery_once_and_try_again(cloud):
 
 def test_real_receivers_that_misbehave_get_it_in_the_end(store, tmp_path):
     """A loop as control runs it, with real connections: 500, 302 inward, a hang, a drip, a cut, and at last 200."""
-    settings = Settings(home=tmp_path, webhooks=WebhookSettings(allow_private=True, timeout_s=0.3))
+    settings = Settings(home=tmp_path, webhooks=WebhookSettings(allow_private=True, timeout_s=2))
     world = World(store, settings)
     with (
         receiver() as inside,
