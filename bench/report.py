@@ -103,7 +103,7 @@ def _result_row(ratio: Ratio) -> list[str]:
     sign = "<=" if ratio.is_limit else ">="
     wanted = f"{sign} {ratio.wanted:g}{ratio.unit}" if ratio.wanted is not None else ""
     verdict = {True: "met", False: "NOT MET", None: ""}[ratio.is_met]
-    return [ratio.name, f"{ratio.value:.3g}{ratio.unit}", wanted, verdict]
+    return [ratio.name, f"{plain(ratio.value)}{ratio.unit}", wanted, verdict]
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -113,3 +113,8 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
         "",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]),
     ]
+
+
+def plain(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

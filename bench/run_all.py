@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.report import plain
+
 ROOT = Path(__file__).parent.parent
 COMMAND = "python -m bench.run_all --vllm-python VENV/bin/python --vllm-preload LIBTCMALLOC"
 GROUPS = {
@@ -136,7 +138,7 @@ def _ratio_row(ratio: dict[str, Any]) -> str:
     bar = "at most" if ratio["is_limit"] else "at least"
     wanted = f"{bar} {ratio['wanted']:g}{ratio['unit']}" if ratio["wanted"] is not None else ""
     verdict = {True: "yes", False: "**no**", None: ""}[ratio["is_met"]]
-    return f"| {ratio['name']} | {ratio['value']:.3g}{ratio['unit']} | {wanted} | {verdict} |"
+    return f"| {ratio['name']} | {plain(ratio['value'])}{ratio['unit']} | {wanted} | {verdict} |"
 
 
 def _plain(value: Any) -> str:
