@@ -18,8 +18,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
-pytest.register_assert_rewrite("tests.store.contract")
-
 from tests.parts import servers
 from tests.store import firestore_indexes
 from tests.tiny import make_adapter, make_base
