@@ -47,7 +47,7 @@ test: parts
 # Only the cloud parts (Firestore, Cloud Storage, Firebase Auth, Redis) and what several owners need: keys, limits, usage,
 # webhooks, drafting. Part of `make test`.
 test-cloud: parts
-	$(BIN)/python -m pytest -q -m cloud
+	$(BIN)/python -m pytest -q -m cloud --durations=15 $(IN_PARALLEL)
 
 check: venv
 	$(BIN)/ruff format --check .
