@@ -130,6 +130,15 @@ def test_an_unknown_name_is_answered_like_one_inside():
         ("https://example.com\\@127.0.0.1/", "without spaces"),
         ("https://example.com/" + "a" * 2048, "at most 2048"),
         ("https://10.0.0.1/", "not a public address"),
+        ("https://[2606:4700::1%25eth0]/", "not a public address"),
+        ("https://kubernetes.default.svc/", "not a public address"),
+        ("https://256.256.256.256/", "neither a name nor an address"),
+        ("https://1.2.3.4.5/", "neither a name nor an address"),
+        ("https://example..com/", "neither a name nor an address"),
+        ("https://-example.com/", "neither a name nor an address"),
+        ("https://exa%6dple.com/", "neither a name nor an address"),
+        ("https://" + "a" * 64 + ".com/", "neither a name nor an address"),
+        ("https://" + "a.b" * 90 + ".com/", "neither a name nor an address"),
         ("", "use an `https://` URL"),
     ],
 )
@@ -139,7 +148,9 @@ def test_a_url_that_may_not_be_says_why(url, said):
     assert caught.value.param == "url" and said in caught.value.message
 
 
-@pytest.mark.parametrize("url", ["https://example.com", "https://example.com:8443/a?b=c", "https://example.com:1024/"])
+@pytest.mark.parametrize(
+    "url", ["https://example.com", "https://ex_a.com:8443/a?b=c", "https://xn--bcher-kva.de:1024/", "https://a.de./"]
+)
 def test_a_plain_url_may_be(url):
     assert check_url(url, allow_private=False).geturl() == url
 

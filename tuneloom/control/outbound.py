@@ -6,6 +6,7 @@ followed, no proxy of the environment is used, and from the connection to the en
 
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -24,8 +25,10 @@ FIRST_FREE_PORT = 1024
 # What one address may take of the time, so that another can be tried.
 CONNECT_S = 5.0
 _PORTS = {"https": 443, "http": 80}
-# The last parts of names that are nobody's on the internet (RFC 6761, 6762; ICANN's choice for private use).
-_INSIDE = frozenset({"localhost", "local", "internal", "localdomain"})
+# The last parts of names that are nobody's on the internet (RFC 6761, 6762, 8375; ICANN's choices; Kubernetes).
+_INSIDE = frozenset({"localhost", "local", "internal", "localdomain", "svc", "arpa", "home", "corp", "lan", "onion"})
+MAX_NAME = 253
+_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], list[str]]
@@ -99,6 +102,9 @@ def check_url(url: str, *, allow_private: bool, param: str = "url") -> SplitResu
     port = port_of(parts)
     if not host or given_port == 0:
         raise refuse("it has no host, or no port that can be")
+    address = _literal(host)
+    if address is None and not _is_name(host):
+        raise refuse("its host is neither a name nor an address")
     if parts.username is not None or parts.password is not None:
         raise refuse("it holds a user name or password; what is sent is proved by its signature")
     if parts.fragment:
@@ -106,7 +112,6 @@ def check_url(url: str, *, allow_private: bool, param: str = "url") -> SplitResu
     if not allow_private:
         if port != 443 and port < FIRST_FREE_PORT:
             raise refuse(f"port {port} is not allowed; use 443 or one from {FIRST_FREE_PORT} up")
-        address = _literal(host)
         if (address is not None and not is_public(address)) or (address is None and _is_inside(host)):
             raise refuse("its host is not a public address")
     return parts
@@ -116,6 +121,9 @@ def is_public(address: Address) -> bool:
     """Whether an address belongs to the public internet and to no protocol that leads elsewhere."""
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in _REFUSED_V4)
+    # One with a zone (`%eth0`) is of a link, whatever its number.
+    if address.scope_id is not None:
+        return False
     return address in _PUBLIC_V6 and not any(address in network for network in _REFUSED_V6)
 
 
@@ -246,6 +254,12 @@ def _literal(host: str) -> Address | None:
         return ipaddress.IPv4Address(socket.inet_aton(host.rstrip(".")))
     except OSError:
         return None
+
+
+def _is_name(host: str) -> bool:
+    """Whether a name can be one in DNS. What ends in a number is an address to others, and a wrong one."""
+    labels = host.removesuffix(".").split(".")
+    return len(host) <= MAX_NAME and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
 
 
 def _is_inside(host: str) -> bool:
