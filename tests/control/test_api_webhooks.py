@@ -159,6 +159,15 @@ def test_a_rotation_that_is_sent_again_rotates_once(api):
     vault = open_vault(api.settings)
     assert vault.secrets_of(endpoint, time.time()) == [first["signing_secret"], made["signing_secret"]]
     assert vault.secrets_of(endpoint, time.time() + 24 * 3600) == [first["signing_secret"]]
+    second = api.post(path, json={"overlap": "1h"}, key=KEY).json()
+    endpoint = api.store.records.webhook_endpoints.get(made["id"]).value
+    three = [each["signing_secret"] for each in (second, first, made)]
+    assert vault.secrets_of(endpoint, time.time()) == three, "each signs for as long as it was said to"
+    assert vault.secrets_of(endpoint, time.time() + 2 * 3600) == [three[0], three[2]]
+    for _ in range(5):
+        newest = api.post(path, json={}, key=KEY).json()
+    assert newest["tuneloom"]["old_secret_until"] == pytest.approx(time.time() + 24 * 3600, abs=300)
+    assert len(vault.secrets_of(api.store.records.webhook_endpoints.get(made["id"]).value, time.time())) == 5
     at_once = api.post(path, json={"overlap": 0}, key=KEY).json()
     endpoint = api.store.records.webhook_endpoints.get(made["id"]).value
     assert vault.secrets_of(endpoint, time.time()) == [at_once["signing_secret"]]

@@ -21,7 +21,7 @@ from tuneloom.config import WebhookSettings
 from tuneloom.control import outbox
 from tuneloom.control.webhook_secrets import Vault, hint, new_secret, signature
 from tuneloom.control.webhook_sender import JITTER, MAX_RETRY_AFTER_S, PAUSES_S, Outcome, Sender, pause_s
-from tuneloom.domain import WebhookDelivery
+from tuneloom.domain import OldSecret, WebhookDelivery
 from tuneloom.errors import InvalidRequest, TuneloomError
 
 # Those who answer get time on a busy machine; those who never do are waited for briefly.
@@ -125,7 +125,7 @@ def test_secrets_are_opened_by_any_key_and_sealed_by_the_first(store):
     vault = Vault([old])
     endpoint = add_endpoint(store)
     endpoint = endpoint.model_copy(
-        update={"secret": sealed, "old_secret": vault.seal("whsec_old"), "old_secret_until": 10.0}
+        update={"secret": sealed, "old_secrets": (OldSecret(secret=vault.seal("whsec_old"), until=10.0),)}
     )
     assert vault.secrets_of(endpoint, 9.9) == [SECRET, "whsec_old"]
     assert vault.secrets_of(endpoint, 10.0) == [SECRET]

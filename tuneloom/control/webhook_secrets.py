@@ -44,10 +44,8 @@ class Vault:
 
     def secrets_of(self, endpoint: WebhookEndpoint, now: float) -> list[str]:
         """Those that sign at this moment, the newest first."""
-        found = [self.open(endpoint.secret)]
-        if endpoint.old_secret is not None and now < (endpoint.old_secret_until or 0.0):
-            found.append(self.open(endpoint.old_secret))
-        return found
+        old = [each.secret for each in endpoint.old_secrets if now < each.until]
+        return [self.open(sealed) for sealed in (endpoint.secret, *old)]
 
 
 def open_vault(settings: Settings) -> Vault:

@@ -22,7 +22,7 @@ def show_endpoint(endpoint: WebhookEndpoint) -> dict[str, Any]:
             "disabled_at": _second(endpoint.disabled_at),
             "disabled_reason": endpoint.disabled_reason,
             "failing_since": _second(endpoint.failing_since),
-            "old_secret_until": _second(endpoint.old_secret_until),
+            "old_secret_until": _second(max((old.until for old in endpoint.old_secrets), default=None)),
         },
     }
 

@@ -14,6 +14,7 @@ from tuneloom.domain import (
     Actor,
     AuditTarget,
     EventType,
+    OldSecret,
     WebhookDelivery,
     WebhookEndpoint,
     new_id,
@@ -24,6 +25,8 @@ from tuneloom.store.records import Records, Stored
 
 MAX_NAME = 128
 DEFAULT_OVERLAP_S = 24 * 3600.0
+# So many sign at once beside the newest; the header stays small.
+MAX_OLD_SECRETS = 4
 MAX_OVERLAP_S = 7 * 24 * 3600.0
 BY_OWNER = "Disabled by its owner."
 
@@ -128,15 +131,16 @@ def draft_rotation(
 ) -> tuple[WebhookEndpoint, list[Write]]:
     """An endpoint with a new secret, and the writes that make it so.
 
-    For `overlap_s` the secret before signs too; one that is older still ends.
+    For `overlap_s` the secret before signs too, and those before it as long as they were to. With 0 all of them end.
     """
     stored, secret, now = get(records, owner, id), new_secret(), time.time()
+    before = OldSecret(secret=stored.value.secret, until=now + overlap_s)
+    older = (old for old in stored.value.old_secrets if now < old.until)
     after = stored.value.model_copy(
         update={
             "secret": vault.seal(secret),
             "secret_hint": hint(secret),
-            "old_secret": stored.value.secret if overlap_s else None,
-            "old_secret_until": now + overlap_s if overlap_s else None,
+            "old_secrets": (before, *older)[:MAX_OLD_SECRETS] if overlap_s else (),
             "updated_at": now,
         }
     )

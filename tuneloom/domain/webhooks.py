@@ -24,11 +24,19 @@ TEST_EVENT = "tuneloom.webhook.test"
 DeliveryState = Literal["pending", "delivered", "dead"]
 
 
+class OldSecret(BaseModel):
+    """A secret of before a rotation, encrypted. It signs too until `until`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    secret: str
+    until: float
+
+
 class WebhookEndpoint(Record):
     """A URL that an owner wants to be told at. `secret` signs what is sent; it is kept encrypted.
 
-    `old_secret` signs too until `old_secret_until`. `failing_since` is the first failure after the last success.
-    A disabled endpoint is sent nothing.
+    `old_secrets` are the newest first. `failing_since` is the first failure after the last success. A disabled endpoint
+    is sent nothing.
     """
 
     collection: ClassVar[str] = "webhook_endpoints"
@@ -39,8 +47,7 @@ class WebhookEndpoint(Record):
     secret_hint: str
     created_at: float
     updated_at: float
-    old_secret: str | None = None
-    old_secret_until: float | None = None
+    old_secrets: tuple[OldSecret, ...] = ()
     failing_since: float | None = None
     disabled_at: float | None = None
     disabled_reason: str | None = None
