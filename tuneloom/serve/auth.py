@@ -1,5 +1,6 @@
 """Who calls: the key or the ID token of a request becomes a Principal. No rights of routes, no models."""
 
+import functools
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tuneloom.domain import Principal
 from tuneloom.errors import Unauthenticated
 from tuneloom.serve.keys import Keys
+from tuneloom.serve.standing import Standing
 
 
 class SignIn(Protocol):
@@ -24,20 +26,24 @@ class SignIn(Protocol):
 class Authentication:
     """ASGI: everything under `/v1/` needs a key, or the ID token of a person if people sign in.
 
-    `request.state.principal` says whose it is.
+    `request.state.principal` says whose it is. A request ends when its key does.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, people: SignIn | None = None) -> None:
         self._app = app
         self._keys = keys
         self._people = people
+        self._standing = Standing()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            headers = HTTPConnection(scope).headers
-            token = read_bearer(headers.get("authorization"))
-            scope.setdefault("state", {})["principal"] = await self._caller(token, headers)
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        headers = HTTPConnection(scope).headers
+        token = read_bearer(headers.get("authorization"))
+        scope.setdefault("state", {})["principal"] = await self._caller(token, headers)
+        ask = functools.partial(self._caller, token, headers)
+        await self._standing.run(self._app, scope, receive, send, token, ask)
 
     async def _caller(self, token: str, headers: Mapping[str, str]) -> Principal:
         if self._people is not None and looks_like_jwt(token):
