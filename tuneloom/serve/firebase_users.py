@@ -24,8 +24,9 @@ SCOPE = "https://www.googleapis.com/auth/identitytoolkit"
 LOOKUP_TIMEOUT_S = 5.0
 # After a failure nobody is looked up for so long.
 RETRY_S = 5.0
-# How long an answer is used while there is no newer one to be had.
-KEEP_S = 600.0
+# How old an answer may be that is used while there is no newer one to be had: who is revoked is out within a minute,
+# whatever Identity Toolkit does.
+KEEP_S = 60.0
 MAX_CACHED = 10_000
 
 Headers = Callable[[], Awaitable[Mapping[str, str]]]
