@@ -97,6 +97,17 @@ def test_a_difference_is_named_and_the_exit_code_is_1(shell: Shell, secret: str,
         ("sqlite:x", "other", "Name both"),
         ("nothing-here", "other", "There is nothing at"),
         ("{home}", "{home}", "the same store"),
+        ("{home}", "{home}/../home", "the same store"),
+        ("{home}", "link", "the same store"),
+        ("{home}", "sqlite:link/tuneloom.db, file:link/blobs/", "the same store"),
+        ("firestore:p,gs://bucket/a", "firestore:p/(default),gs://bucket/a/", "the same store"),
+        ("{home}", "sqlite:x.db,file:{home}/blobs/data/x", "lie inside those of the other"),
+        ("sqlite:x.db,gs://bucket", "sqlite:y.db,gs://bucket/new", "lie inside those of the other"),
+        ("sqlite:x.db,gs://bucket/a/b", "sqlite:y.db,gs://bucket/a", "lie inside those of the other"),
+        ("{home}", "", "is no place"),
+        ("{home}", "plain", "is a file"),
+        ("{home}", "sqlite:x.db,file:plain", "`file:plain` cannot be opened: Not a directory"),
+        ("{home}", "sqlite:plain/x.db,file:x", "`sqlite:plain/x.db` cannot be opened"),
         ("mysql:x,gs://bucket", "other", "is not a documents URL"),
         ("{home}", "sqlite:x,s3:y", "is not a blobs URL"),
     ],
@@ -105,9 +116,22 @@ def test_a_wrong_place_is_refused(
     shell: Shell, secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: str, told: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain").touch()
+    (tmp_path / "link").symlink_to(shell.home)
     assert shell("store", "copy", source.format(home=shell.home), target.format(home=shell.home)) == 1
     assert told in shell.err
-    assert not (tmp_path / "nothing-here").exists()
+    assert not (tmp_path / "nothing-here").exists() and not (tmp_path / "x.db").exists()
+
+
+def test_blobs_alone_can_be_moved_to_a_place_beside(shell: Shell, secret: str, tmp_path: Path) -> None:
+    beside = f"sqlite:{shell.home}/tuneloom.db,file:{shell.home}/blobs-new"
+    assert shell("store", "copy", str(shell.home), beside) == 0, shell.err
+    assert "copied now: 0 records and 1 blobs" in shell.out
+
+
+def test_a_check_of_a_home_that_is_not_there_makes_none(shell: Shell) -> None:
+    assert shell("store", "check") == 1
+    assert "There is nothing at" in shell.err and not shell.home.exists()
 
 
 def test_a_store_that_something_runs_on_is_not_copied(shell: Shell, secret: str, tmp_path: Path) -> None:

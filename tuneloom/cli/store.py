@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuneloom.cli.session import open_store, print_json
+from tuneloom.cli.session import home_folder, open_store, print_json
 from tuneloom.errors import Conflict, InvalidRequest
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def copy(
     from tuneloom.store.copy import compare_stores, copy_store
 
     places = (_Place.named(source), _Place.named(target))
-    if places[0].urls == places[1].urls:
-        raise InvalidRequest("FROM and TO are the same store. Name two.", param="TO")
+    _refuse_overlap(*places)
     for place in places:
         place.refuse_running()
     places[0].refuse_absent()
@@ -76,6 +75,7 @@ def check(
     """Read every stored file and adapter, and compare their hashes with their records. Exit code 1 if any differs."""
     from tuneloom.store.check import check_store
 
+    _Place.at(home_folder(context)).refuse_absent()
     with open_store(context) as store:
         checked = check_store(store, lambda line: typer.echo(line, err=True))
     if json:
@@ -98,20 +98,27 @@ class _Place:
 
     @classmethod
     def named(cls, text: str) -> "_Place":
-        from tuneloom import config
-
-        documents, comma, blobs = text.partition(",")
+        documents, comma, blobs = (part.strip() for part in text.partition(","))
         if comma:
             return cls(documents, blobs)
-        if ":" in text:
-            raise InvalidRequest(f"`{text}` is one URL. Name both, `DOCUMENTS_URL,BLOBS_URL`, or a home folder.")
-        home = Path(text).absolute()
+        if ":" in text or not documents:
+            what = "one URL" if documents else "no place"
+            raise InvalidRequest(f"`{text}` is {what}. Name both, `DOCUMENTS_URL,BLOBS_URL`, or a home folder.")
+        return cls.at(Path(text).absolute())
+
+    @classmethod
+    def at(cls, home: Path) -> "_Place":
+        from tuneloom import config
+
+        if home.exists() and not home.is_dir():
+            raise InvalidRequest(f"`{home}` is a file. Name the home folder of an installation.")
         settings = config.load(home)
         return cls(settings.documents, settings.blobs, home, settings)
 
     @property
     def urls(self) -> tuple[str, str]:
-        return self.documents, self.blobs
+        """The same for every spelling of a place."""
+        return _plain(self.documents), _plain(self.blobs)
 
     @contextmanager
     def open(self) -> "Iterator[Store]":
@@ -125,7 +132,7 @@ class _Place:
 
     def refuse_absent(self) -> None:
         """Opening local stores makes them, and an empty one is easily copied."""
-        for url in self.urls:
+        for url in (self.documents, self.blobs):
             scheme, _, path = url.partition(":")
             if scheme in ("sqlite", "file") and not Path(path).exists():
                 raise InvalidRequest(f"There is nothing at `{url}`.")
@@ -157,6 +164,24 @@ class _Place:
         webhook_key = self.settings.webhooks.key_file or self.home / "webhook-key"
         found = (pepper_path(self.settings), signing_key, webhook_key, self.home / "admin-key")
         return [path for path in found if path.exists()]
+
+
+def _refuse_overlap(source: _Place, target: _Place) -> None:
+    if source.urls == target.urls:
+        raise InvalidRequest("FROM and TO are the same store. Name two.")
+    (_, here), (_, there) = source.urls, target.urls
+    if here != there and (f"{here}/".startswith(f"{there}/") or f"{there}/".startswith(f"{here}/")):
+        # Each would hold what the other holds, and a copy would never be done.
+        raise InvalidRequest(
+            f"The blobs of one lie inside those of the other: `{here}`, `{there}`. Name two places apart."
+        )
+
+
+def _plain(url: str) -> str:
+    scheme, _, rest = url.partition(":")
+    if scheme in ("sqlite", "file"):
+        return f"{scheme}:{Path(rest).resolve()}"
+    return f"{url}/(default)" if scheme == "firestore" and "/" not in rest else url.rstrip("/")
 
 
 def _print_result(result: "Result", kept: list[Path], *, is_copied: bool) -> None:
