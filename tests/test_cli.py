@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: what it prints, what it refuses, which exit codes it gives."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -53,11 +54,12 @@ def tiny_home(shell: Shell, tiny_base: Path) -> Path:
 
 
 def test_help_comes_at_once():
-    started = time.monotonic()
+    started = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "tuneloom.cli", "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("up", "down", "status", "env", "keys", "models", "jobs", "bases"))
-    assert time.monotonic() - started < 5
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.ru_utime - started.ru_utime < 3
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["keys", "create", "--what"], ["jobs", "show"]])

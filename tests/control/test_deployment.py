@@ -89,6 +89,7 @@ def test_an_error_of_one_part_keeps_none_of_the_others_from_its_tick(counter):
 def test_a_stuck_tick_and_an_ended_loop_are_unhealthy(counter):
     counter.hold.clear()
     loop = start(counter, stuck_after_s=0.05)
+    assert counter.ticked.wait(20)
     time.sleep(0.1)
     with pytest.raises(TuneloomError, match="stuck"):
         loop.check_health()

@@ -57,9 +57,11 @@ def states(store) -> list[str]:
 def test_it_looks_as_often_as_is_set_or_when_it_is_poked(store, tmp_path, poll_s):
     tree = settings(tmp_path, poll_s=poll_s)
     loop, webhooks = outbox_loop(store.records, tree)
+    looks, tick = [], webhooks.tick
+    webhooks.tick = lambda: looks.append(tick())
     with receiver() as seen:
         loop.start()
-        time.sleep(0.1)  # the first look, at the start, has been
+        wait_for(lambda: looks)  # the first one, at the start, has been
         happen(store, tree, seen.url)
         if poll_s > 60:
             time.sleep(0.2)

@@ -126,10 +126,9 @@ async def test_lookups_that_hang_are_given_up(google: Google, monkeypatch: pytes
     google.delay_s = 1.0
     with pytest.raises(Overloaded):
         await users.check("uid1", 1)
-    started = time.monotonic()
     with pytest.raises(Overloaded):
         await users.check("uid2", 1)
-    assert time.monotonic() - started < 0.2
+    # The second was not even asked.
     assert google.hits == {"/lookup": 1}
 
 

@@ -135,10 +135,10 @@ def test_a_new_control_adopts_drafters_that_live(open_desk: Open):
 
 
 def test_a_silent_drafter_is_replaced_and_its_late_rows_do_not_count(open_desk: Open):
-    rows = Rows()
+    rows, is_replaced = Rows(), threading.Event()
 
     def late(ask: Ask) -> Reply:
-        time.sleep(1.5)
+        is_replaced.wait(20)
         return rows(ask)
 
     desk = open_desk(in_turn(rows, late, rows), heartbeat_s=60, heartbeat_timeout_s=30)
@@ -149,6 +149,7 @@ def test_a_silent_drafter_is_replaced_and_its_late_rows_do_not_count(open_desk: 
     later[0] = 31
     desk.until(lambda: len(desk.tasks.launched) == 2)
     later[0] = 0
+    is_replaced.set()
     zombies = [
         thread for thread in threading.enumerate() if thread.name.startswith("Thread-") and "draft" in thread.name
     ]
@@ -296,12 +297,12 @@ class Processes:
 
 
 def test_a_killed_process_is_started_again_without_doubling(open_desk: Open, tmp_path: Path):
-    rows, waits = Rows(), threading.Event()
+    rows, waits, is_dead = Rows(), threading.Event(), threading.Event()
 
     def model(ask: Ask) -> Reply:
         if ask.number == 2:
             waits.set()
-            time.sleep(1.0)
+            is_dead.wait(20)
         return rows(ask)
 
     desk = open_desk(model)
@@ -310,6 +311,7 @@ def test_a_killed_process_is_started_again_without_doubling(open_desk: Open, tmp
     desk.until(waits.is_set, 60)
     (process,) = processes.running.values()
     os.kill(process.pid, signal.SIGKILL)
+    is_dead.set()
     made = desk.run(id, 90)
     check_whole(desk, made, 40)
     assert made["drafters"][0]["losses"] == 1
