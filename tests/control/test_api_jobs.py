@@ -1,5 +1,7 @@
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2
 import pytest
 
 from tests.control.conftest import BASE, Api, assert_error
@@ -219,6 +221,41 @@ def test_an_owner_may_have_so_many_jobs_waiting(api):
     assert api.post(JOBS, json=body | {"training_file": api.upload(key="eve:training")}, key="eve:training").is_success
     api.post(f"{JOBS}/{waiting[0]}/cancel")
     assert api.post(JOBS, json=body).is_success
+
+
+def test_a_job_that_was_paused_needs_a_place_in_the_queue_to_go_on(api):
+    few = api.settings.model_copy(update={"train": TrainSettings(max_queued_per_owner=2)})
+    api = Api(api.store, few)
+    paused = api.create_job()["id"]
+    api.post(f"{JOBS}/{paused}/pause")
+    waiting = [api.create_job()["id"] for _ in range(2)]
+    refused = api.post(f"{JOBS}/{paused}/resume")
+    assert_error(refused, 429, None, "2 of your jobs wait already, the limit is 2")
+    assert api.get(f"{JOBS}/{paused}").json()["status"] == "paused"
+    api.post(f"{JOBS}/{waiting[0]}/cancel")
+    assert api.post(f"{JOBS}/{paused}/resume").json()["status"] == "validating_files"
+
+
+def test_creates_at_once_do_not_go_beyond_the_limit(api):
+    few = api.settings.model_copy(update={"train": TrainSettings(max_queued_per_owner=2)})
+    # Each with a file of its own, by gateways of their own.
+    bodies = [{"model": BASE, "training_file": api.upload()} for _ in range(8)]
+    gateways = [Api(api.store, few) for _ in bodies]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda gateway, body: gateway.post(JOBS, json=body).status_code, gateways, bodies))
+    assert sorted(answers) == [200] * 2 + [429] * 6
+
+
+@pytest.mark.anyio
+async def test_many_jobs_on_one_file_may_be_created_at_once(api):
+    file = api.upload()
+    transport = httpx2.ASGITransport(app=api.app)
+    headers = {"authorization": "Bearer ada:training"}
+    async with httpx2.AsyncClient(transport=transport, base_url="http://tuneloom", headers=headers, timeout=60) as http:
+        bodies = [{"model": BASE, "training_file": file, "seed": seed} for seed in range(40)]
+        answers = await asyncio.gather(*(http.post(JOBS, json=body) for body in bodies))
+    assert [answer.status_code for answer in answers] == [200] * 40
+    assert sorted(answer.json()["seed"] for answer in answers) == list(range(40))
 
 
 def test_a_queued_job_tells_its_place_and_what_it_waits_for(api):

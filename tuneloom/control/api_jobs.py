@@ -22,6 +22,7 @@ from tuneloom.control.new_job import NewJobs
 from tuneloom.control.pages import read_page
 from tuneloom.control.queue import is_waiting, read_places
 from tuneloom.control.retry import retry
+from tuneloom.control.turns import OwnerLocks
 from tuneloom.domain import ApiKey, Job, JobState, Principal, model_name
 from tuneloom.errors import Conflict, NotFound, UnsupportedParameter
 from tuneloom.store.base import Write
@@ -35,6 +36,7 @@ class JobsApi:
         self._context = context
         self._records = context.store.records
         self._new = NewJobs(context)
+        self._locks = OwnerLocks()
 
     def routes(self) -> list[Route]:
         jobs_path = "/v1/fine_tuning/jobs"
@@ -55,7 +57,8 @@ class JobsApi:
     async def create(self, request: Request) -> Response:
         who = caller(request, "training")
         raw = await read_json(request, self._context.settings.gateway.max_body_bytes)
-        job, key = await in_thread(self._create, request, who, raw)
+        async with self._locks.of(who.owner):
+            job, key = await in_thread(self._create, request, who, raw)
         self._context.poke()
         shown = await in_thread(self._show, job)
         if key is None:
@@ -69,8 +72,7 @@ class JobsApi:
         actor, pepper = audit.actor_of(request), self._context.pepper
 
         def make() -> tuple[str, tuple[Job, Minted | ApiKey | None], list[Write]]:
-            allowance = owner_limits.allowance_of(self._context.settings, self._records, caller(request))
-            job, writes = self._new.draft(owner, spec, body.model, allowance.max_queued_jobs)
+            job, writes = self._new.draft(owner, spec, body.model, self._max_queued(request))
             data = {"model": body.model, "training_file": spec.training_file, "method": spec.method}
             writes.append(audit.of_job(actor, job, "created", data))
             if not wants_key:
@@ -146,12 +148,14 @@ class JobsApi:
             told = outbox.job_ended(self._records, stored.value, after, now)
             entry = audit.of_job(audit.actor_of(request), after, participle)
             used = job_over(self._records, stored.value, after, now)
+            place = [self._new.place_in_queue(who.owner, self._max_queued(request))] if participle == "resumed" else []
             self._records.commit(
-                self._records.jobs.replace(stored, after), self._records.events.create(line), *told, *used, entry
+                self._records.jobs.replace(stored, after), self._records.events.create(line), *told, *used, *place, entry
             )
             return after
 
-        job = await in_thread(retry, once)
+        async with self._locks.of(who.owner):
+            job = await in_thread(retry, once)
         self._context.poke()
         return JSONResponse(await in_thread(self._show, job))
 
@@ -191,6 +195,10 @@ class JobsApi:
         raise UnsupportedParameter(
             "Checkpoint permissions are not supported: a checkpoint can be used by its owner only.", param=None
         )
+
+    def _max_queued(self, request: Request) -> int | None:
+        allowance = owner_limits.allowance_of(self._context.settings, self._records, caller(request))
+        return allowance.max_queued_jobs
 
     def _show(self, job: Job) -> dict[str, Any]:
         return show_job(job, self._places([job]).get(job.id))

@@ -4,7 +4,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from tuneloom.control import files, models
+from tuneloom.control import files, models, turns
 from tuneloom.control.context import ApiContext, check_may_use
 from tuneloom.control.integrations import wandb_of
 from tuneloom.control.job_body import CreateJob, check_supported, hyperparameters_of, method_of
@@ -87,14 +87,32 @@ class NewJobs:
         """
         needed = self.files_of(owner, spec)
         self._check_base(owner, spec)
-        self._check_queue(owner, max_queued or self._context.settings.train.max_queued_per_owner)
+        place = self.place_in_queue(owner, max_queued)
         now = time.time()
         job = Job(id=new_id("ftjob-"), owner=owner, spec=spec, requested_model=requested_model, created_at=now)
         history = History(job, now)
         lines = [history.line(f"Created fine-tuning job: {job.id}")]
         lines += [history.line(f"Validating {param[:-5]} file: {file.value.id}") for param, file in needed.items()]
         writes: list[Write] = [self._records.events.create(line) for line in lines]
-        return job, [self._records.jobs.create(job), *writes, *self._guards(owner, spec, needed)]
+        return job, [self._records.jobs.create(job), *writes, place, *self._guards(owner, spec, needed)]
+
+    def place_in_queue(self, owner: str, max_queued: int | None) -> Write:
+        """The write that goes with one more waiting job, so that several at once do not take one place.
+
+        Raises:
+            QueueFull: as many jobs of the owner wait as may.
+        """
+        turn, limit = turns.take(self._records, owner, "jobs"), max_queued
+        if limit is None:
+            limit = self._context.settings.train.max_queued_per_owner
+        waiting = sum(
+            not stored.value.attempt_open
+            for state in ("validating_files", "queued")
+            for stored in self._records.jobs.query({"owner": owner, "state": state})
+        )
+        if waiting >= limit:
+            raise QueueFull(f"{waiting} of your jobs wait already, the limit is {limit}. Wait for one or cancel one.")
+        return turn
 
     def files_of(self, owner: str, spec: JobSpec) -> dict[str, Stored[File]]:
         """The files by the field that names them."""
@@ -160,15 +178,6 @@ class NewJobs:
             existing = self._records.models.find(model_id(owner, spec.suffix))
             if existing is not None:
                 models.check_same_base(existing.value, spec.base)
-
-    def _check_queue(self, owner: str, limit: int) -> None:
-        waiting = sum(
-            not stored.value.attempt_open
-            for state in ("validating_files", "queued")
-            for stored in self._records.jobs.query({"owner": owner, "state": state})
-        )
-        if waiting >= limit:
-            raise QueueFull(f"{waiting} of your jobs wait already, the limit is {limit}. Wait for one or cancel one.")
 
     def _file(self, owner: str, id: str, param: str) -> Stored[File]:
         stored = files.find_file(self._records, owner, id, time.time())

@@ -1,6 +1,9 @@
 """Counts that hold: of two creates of one kind by one owner at the same moment, one is decided again."""
 
 import time
+from weakref import WeakValueDictionary
+
+import anyio
 
 from tuneloom.domain import Turn
 from tuneloom.store.base import Write
@@ -17,3 +20,19 @@ def take(records: Records, owner: str, kind: str) -> Write:
     if stored is None:
         return table.create(Turn(id=id, owner=owner, at=now))
     return table.replace(stored, stored.value.model_copy(update={"at": now}))
+
+
+class OwnerLocks:
+    """One create of an owner at a time in this process: those that came together would conflict with each other, each
+    with all, until some give up. Of one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+
+    def of(self, owner: str) -> anyio.Lock:
+        """The lock of an owner, which lives as long as somebody holds or awaits it."""
+        lock = self._locks.get(owner)
+        if lock is None:
+            lock = self._locks[owner] = anyio.Lock()
+        return lock
