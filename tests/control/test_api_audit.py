@@ -52,6 +52,9 @@ def test_every_act_of_an_owner_leaves_one_entry(api):
         key=ADA,
     )
     assert edited.status_code == 200, edited.text
+    assert api.get(f"/v1/files/{job['training_file']}/content", key=ADA).status_code == 200
+    exported = api.get(f"/v1/tuneloom/files/{job['training_file']}/export", key=ADA)
+    assert exported.status_code == 200
     api.delete(f"/v1/files/{job['training_file']}", key=ADA)
 
     wanted = [
@@ -59,6 +62,7 @@ def test_every_act_of_an_owner_leaves_one_entry(api):
         "api_key.updated",
         "api_key.rotated",
         "api_key.deleted",
+        "file.created",
         "fine_tuning.job.created",
         "fine_tuning.job.paused",
         "fine_tuning.job.resumed",
@@ -68,6 +72,8 @@ def test_every_act_of_an_owner_leaves_one_entry(api):
         "model.version.deleted",
         "model.deleted",
         "file.edited",
+        "file.downloaded",
+        "file.downloaded",
         "file.deleted",
     ]
     assert types(api, limit=100)[::-1] == wanted
@@ -108,7 +114,7 @@ def test_a_retried_act_leaves_one_entry(api):
     first = api.post("/v1/fine_tuning/jobs", json=body).json()
     again = api.post("/v1/fine_tuning/jobs", json=body, headers={"x-stainless-retry-count": "1"}).json()
     assert again["id"] == first["id"]
-    assert types(api) == ["fine_tuning.job.created"]
+    assert types(api) == ["fine_tuning.job.created", "file.created"]
 
 
 def test_an_owner_sees_only_what_was_done_to_their_things_and_no_operators(api):

@@ -192,6 +192,8 @@ def test_an_expired_file_is_gone_at_once_and_swept_later(api):
     sweep(api.store)
     assert api.store.records.files.find(id) is None
     assert api.store.blobs.list("files") == []
+    *_, gone = [stored.value for stored in api.store.records.audit_entries.query(order_by="created_at")]
+    assert (gone.action, gone.actor.kind, gone.data["expired"]) == ("file.deleted", "system", True)
 
 
 def test_a_file_that_an_unfinished_job_needs_stays(api):

@@ -118,6 +118,8 @@ def test_an_adapter_goes_in_and_comes_out_as_plain_peft_reads_it(with_base, tiny
     assert all((ours[name] == theirs[name]).all() for name in ours)
     ft_name = api.get(f"{OURS}/bot").json()["versions"][0]["fine_tuned_model"]
     assert api.get(f"{OURS}/{ft_name.replace('/', '%2F')}/adapter").status_code == 200
+    told = [stored.value for stored in api.store.records.audit_entries.query(order_by="created_at")]
+    assert [(entry.action, entry.target.name) for entry in told[-2:]] == [("model.version.downloaded", "bot@v1")] * 2
 
 
 def test_the_lineage_goes_out_with_the_adapter_and_is_told(with_base, tiny_adapters):

@@ -28,6 +28,9 @@ def test_an_upload_is_joined_from_its_parts_in_the_order_asked_for(api):
     again = api.post(f"/v1/uploads/{upload}/complete", json=body, headers={"x-stainless-retry-count": "1"})
     assert again.json() == done
     assert_error(api.post(f"/v1/uploads/{upload}/complete", json=body), 409, None, "completed")
+    made, read = [stored.value for stored in api.store.records.audit_entries.query(order_by="created_at")]
+    assert (made.action, made.target.id, made.data["upload"]) == ("file.created", done["file"]["id"], upload)
+    assert (read.action, read.data["bytes"]) == ("file.downloaded", 6)
 
 
 def test_an_upload_in_parts_of_rows_becomes_json_lines_too(api):

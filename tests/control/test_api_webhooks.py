@@ -253,6 +253,8 @@ def test_the_openai_client_manages_its_endpoints(local, client):
         stop.set()
         thread.join(20)
     assert len(seen.seen) == 3, "a test is tried once"
+    tested = [e.value for e in local.store.records.audit_entries.query() if e.value.action.endswith(".tested")]
+    assert [entry.target.id for entry in tested] == [made.id] * 3
 
 
 def test_keys_that_cannot_be_read_are_the_services_fault(api, store, tmp_path, caplog):

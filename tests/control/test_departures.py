@@ -96,7 +96,7 @@ def test_everything_of_an_owner_goes_and_nothing_of_others(api: Api, ada: Person
     actions = [
         entry.value.action for entry in store.records.audit_entries.query({"owner": "ada"}, order_by="created_at")
     ]
-    assert actions[-2:] == ["account.deletion_requested", "account.deleted"]
+    assert actions[-3:] == ["account.deletion_requested", "file.created", "account.deleted"]
     assert held(store, "bob") == theirs
     assert sorted(blob.key for blob in store.blobs.walk()) == sorted(blobs)
 

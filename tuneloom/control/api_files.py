@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -14,7 +14,7 @@ from tuneloom.control.body import Form, digest, identify, read_form
 from tuneloom.control.context import FileRoutes, caller, in_thread, query_choice, query_int
 from tuneloom.control.pages import read_page
 from tuneloom.control.retry import retry
-from tuneloom.domain import File, new_id
+from tuneloom.domain import Actor, File, new_id
 from tuneloom.errors import InvalidRequest, NotFound
 from tuneloom.store.base import BlobNotFound, Write
 
@@ -66,7 +66,8 @@ class FilesApi(FileRoutes):
 
         def make() -> tuple[str, File, list[Write]]:
             owner_limits.check_room(self._settings, self._records, caller(request), file.size_bytes)
-            return id, file, [self._records.files.create(file)]
+            told = files.told(audit.actor_of(request), "created", file, sha256=file.sha256)
+            return id, file, [self._records.files.create(file), told]
 
         with files.dropped_if_refused(self._store, file.blob):
             kept = repeat.create_once(
@@ -115,12 +116,7 @@ class FilesApi(FileRoutes):
 
     async def content(self, request: Request) -> Response:
         owner, id = caller(request, "training").owner, request.path_params["id"]
-        file = (await in_thread(files.get_file, self._records, owner, id)).value
-        try:
-            source = await in_thread(self._store.blobs.open, file.blob)
-        except BlobNotFound as error:
-            # Deleted between the two reads.
-            raise NotFound(f"No such File object: {id[:200]}", param="id") from error
+        file, source = await in_thread(self._open, owner, id, audit.actor_of(request))
 
         async def chunks() -> AsyncIterator[bytes]:
             with source:
@@ -129,6 +125,20 @@ class FilesApi(FileRoutes):
 
         headers = {"content-length": str(file.size_bytes), "content-disposition": "attachment"}
         return StreamingResponse(chunks(), media_type="application/octet-stream", headers=headers)
+
+    def _open(self, owner: str, id: str, actor: Actor) -> tuple[File, BinaryIO]:
+        file = files.get_file(self._records, owner, id).value
+        try:
+            source = self._store.blobs.open(file.blob)
+        except BlobNotFound as error:
+            # Deleted between the two reads.
+            raise NotFound(f"No such File object: {id[:200]}", param="id") from error
+        try:
+            self._records.commit(files.told(actor, "downloaded", file))
+        except BaseException:
+            source.close()
+            raise
+        return file, source
 
 
 def show_file(file: File) -> dict[str, Any]:

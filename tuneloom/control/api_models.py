@@ -191,7 +191,7 @@ class ModelsApi:
     async def download(self, request: Request) -> Response:
         """The adapter as a zip of a plain PEFT folder."""
         who, name = caller(request), request.path_params["name"]
-        archive = await in_thread(self._pack, who, name)
+        archive = await in_thread(self._pack, who, name, audit.actor_of(request))
         size = archive.stat().st_size
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -206,7 +206,7 @@ class ModelsApi:
         headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{filename}.zip"'}
         return StreamingResponse(chunks(), media_type="application/zip", headers=headers)
 
-    def _pack(self, who: Principal, name: str) -> Path:
+    def _pack(self, who: Principal, name: str, actor: Actor) -> Path:
         found = self._find(who, name)
         holder = found.version or found.checkpoint
         if holder is None:
@@ -216,7 +216,9 @@ class ModelsApi:
             folder = work / "adapter"
             folder.mkdir()
             exports.write_adapter(self._store.blobs, holder.value.adapter, folder, name=name, base=holder.value.base)
-            return exports.write_archive(work / "adapter.zip", folder)
+            archive = exports.write_archive(work / "adapter.zip", folder)
+            self._records.commit(models.download_entry(actor, holder.value))
+            return archive
         except BlobNotFound as error:
             shutil.rmtree(work, ignore_errors=True)
             raise ModelNotFound.named(name) from error

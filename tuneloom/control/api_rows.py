@@ -16,7 +16,7 @@ from tuneloom.control import audit, files, owner_limits, repeat
 from tuneloom.control.api_files import show_file
 from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import FileRoutes, caller, in_thread, query_choice, query_int
-from tuneloom.domain import AuditTarget, File, new_id
+from tuneloom.domain import Actor, AuditTarget, File, new_id
 from tuneloom.errors import InvalidFile, InvalidRequest, NotFound
 from tuneloom.rows import Appended, Edit, NewRow, SeenRow, export, plan_export, read_page
 from tuneloom.rows.convert import joined
@@ -184,17 +184,19 @@ class RowsApi(FileRoutes):
     async def export(self, request: Request) -> Response:
         owner, id = caller(request, "training").owner, request.path_params["id"]
         kind = query_choice(request, "format", "jsonl", tuple(MEDIA_TYPES))
-        chunks = await in_thread(self._export, owner, id, kind)
+        chunks = await in_thread(self._export, owner, id, kind, audit.actor_of(request))
         headers = {"content-disposition": f'attachment; filename="{id}.{kind}"'}
         return StreamingResponse(chunks, media_type=MEDIA_TYPES[kind], headers=headers)
 
-    def _export(self, owner: str, id: str, kind: str) -> Iterator[bytes]:
+    def _export(self, owner: str, id: str, kind: str, actor: Actor) -> Iterator[bytes]:
         file = get_rows_file(self._store, owner, id, "id")
+        columns = None
         if kind == "json" or kind == "csv":
             with contextlib.closing(self._open(file)) as source:
                 columns = plan_export(source, kind)
-            return export(self._open_blob(file), kind, columns)
-        return _chunks(self._open_blob(file))
+        self._records.commit(files.told(actor, "downloaded", file, format=kind))
+        source = self._open_blob(file)
+        return _chunks(source) if columns is None else export(source, kind, columns)
 
     def _open(self, file: File) -> BinaryIO:
         return _Timed(self._open_blob(file), self._timeout_s)  # type: ignore[return-value]

@@ -8,12 +8,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.control import files, owner_limits, repeat
+from tuneloom.control import audit, files, owner_limits, repeat
 from tuneloom.control.api_files import show_file
 from tuneloom.control.body import Body, Part, digest, identify, parse, read_form, read_json, retry_count, size_text
 from tuneloom.control.context import FileRoutes, caller, in_thread
 from tuneloom.control.retry import retry
-from tuneloom.domain import Upload, UploadPart, new_id
+from tuneloom.domain import Actor, Upload, UploadPart, new_id
 from tuneloom.errors import TooLarge
 from tuneloom.store.base import StoreConflict, Write
 
@@ -129,9 +129,10 @@ class UploadsApi(FileRoutes):
         owner, id = caller(request, "training").owner, request.path_params["id"]
         raw = await read_json(request, self._limits.max_body_bytes)
         again = retry_count(request) > 0
-        return JSONResponse(await in_thread(self._complete_upload, owner, id, parse(CompleteUpload, raw), again))
+        body, actor = parse(CompleteUpload, raw), audit.actor_of(request)
+        return JSONResponse(await in_thread(self._complete_upload, owner, id, body, again, actor))
 
-    def _complete_upload(self, owner: str, id: str, body: CompleteUpload, again: bool) -> dict[str, Any]:
+    def _complete_upload(self, owner: str, id: str, body: CompleteUpload, again: bool, actor: Actor) -> dict[str, Any]:
         known = files.get_upload(self._records, owner, id).value
         if again and known.status == "completed":
             return self._show_upload(known)
@@ -148,11 +149,12 @@ class UploadsApi(FileRoutes):
         )
         done = stored.value.model_copy(update={"status": "completed", "file_id": file.id})
         try:
-            self._records.commit(self._records.uploads.replace(stored, done), self._records.files.create(file))
+            told = files.told(actor, "created", file, sha256=file.sha256, upload=id)
+            self._records.commit(self._records.uploads.replace(stored, done), self._records.files.create(file), told)
         except StoreConflict:
             # Completed, cancelled or given a part meanwhile: the caller hears how it stands.
             self._store.blobs.delete(file.blob)
-            return self._complete_upload(owner, id, body, True)
+            return self._complete_upload(owner, id, body, True, actor)
         files.drop_parts(self._store, id)
         return self._show_upload(done)
 

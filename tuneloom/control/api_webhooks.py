@@ -19,7 +19,7 @@ from tuneloom.control.pages import read_page
 from tuneloom.control.webhook_secrets import Vault, open_vault
 from tuneloom.control.webhook_view import show_delivery, show_endpoint
 from tuneloom.control.webhooks import Changes
-from tuneloom.domain import EVENT_TYPES, TEST_EVENT, WebhookDelivery, WebhookEndpoint, WebhookTry
+from tuneloom.domain import EVENT_TYPES, TEST_EVENT, Actor, WebhookDelivery, WebhookEndpoint, WebhookTry
 from tuneloom.errors import InvalidRequest, Overloaded
 from tuneloom.store.base import Write
 
@@ -191,7 +191,7 @@ class WebhooksApi:
     async def test(self, request: Request) -> Response:
         """Send a sample, and answer with what the receiver said."""
         owner, raw = await self._read(request)
-        row = await in_thread(self._test, owner, request.path_params["id"], raw)
+        row = await in_thread(self._test, audit.actor_of(request), owner, request.path_params["id"], raw)
         self._context.poke()
         tried = await self._await_try(row)
         if tried.status is None:
@@ -207,9 +207,9 @@ class WebhooksApi:
             }
         )
 
-    def _test(self, owner: str, id: str, raw: bytes) -> WebhookDelivery:
+    def _test(self, actor: Actor, owner: str, id: str, raw: bytes) -> WebhookDelivery:
         webhooks.get(self._records, owner, id)
-        return webhooks.send_test(self._records, owner, id, parse(Test, raw).event_type)
+        return webhooks.send_test(self._records, actor, owner, id, parse(Test, raw).event_type)
 
     async def _await_try(self, row: WebhookDelivery) -> WebhookTry:
         """What came of a test's only try, which control makes."""

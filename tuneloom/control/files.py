@@ -15,7 +15,7 @@ from tuneloom.domain import UNFINISHED, Actor, AuditTarget, File, Job, Upload, U
 from tuneloom.errors import Conflict, InsufficientQuota, InvalidFile, InvalidRequest, NotFound, TooLarge
 from tuneloom.rows import to_json_lines
 from tuneloom.store import Store
-from tuneloom.store.base import StoreConflict, Write
+from tuneloom.store.base import Create, StoreConflict, Write
 from tuneloom.store.records import Records, Stored
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
@@ -167,11 +167,15 @@ def delete_file(store: Store, owner: str, id: str, actor: Actor | None = None) -
             "Cancel the job or wait for its end.",
             code="file_in_use",
         )
-    target = AuditTarget(owner=owner, type="file", id=id, name=stored.value.filename)
-    data = {"purpose": stored.value.purpose, "bytes": stored.value.size_bytes}
-    entry = audit.entry(actor or audit.cli_actor(), "file.deleted", target, data)
-    store.records.commit(store.records.files.delete(stored), entry)
+    store.records.commit(store.records.files.delete(stored), told(actor or audit.cli_actor(), "deleted", stored.value))
     store.blobs.delete(stored.value.blob)
+
+
+def told(actor: Actor, participle: str, file: File, **more: object) -> Create:
+    """The entry of the audit log of what was done to a file."""
+    target = AuditTarget(owner=file.owner, type="file", id=file.id, name=file.filename)
+    data = {"purpose": file.purpose, "bytes": file.size_bytes, **more}
+    return audit.entry(actor, f"file.{participle}", target, data)
 
 
 def get_upload(records: Records, owner: str, id: str) -> Stored[Upload]:

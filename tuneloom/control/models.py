@@ -35,7 +35,7 @@ from tuneloom.domain import (
 from tuneloom.errors import Conflict, InvalidRequest, ModelNotFound
 from tuneloom.store import Store
 from tuneloom.store.artifacts import Manifest, check_adapter, put_adapter
-from tuneloom.store.base import Write
+from tuneloom.store.base import Create, Write
 from tuneloom.store.names import find_named
 from tuneloom.store.records import Records, Stored
 
@@ -390,6 +390,14 @@ def _delete_checkpoint(records: Records, checkpoint: Stored[Checkpoint], prefixe
     target = AuditTarget(owner=gone.owner, type="checkpoint", id=gone.id, name=gone.name)
     records.commit(records.checkpoints.delete(checkpoint), audit.entry(actor, "checkpoint.deleted", target))
     prefixes.append(checkpoint.value.adapter.uri)
+
+
+def download_entry(actor: Actor, holder: Version | Checkpoint, **data: object) -> Create:
+    """The entry of the audit log of an adapter that was given out."""
+    if isinstance(holder, Version):
+        return audit.entry(actor, "model.version.downloaded", _target(holder), data)
+    target = AuditTarget(owner=holder.owner, type="checkpoint", id=holder.id, name=holder.name)
+    return audit.entry(actor, "checkpoint.downloaded", target, data)
 
 
 def _target(version: Version) -> AuditTarget:

@@ -50,7 +50,8 @@ def _sweep_files(store: Store, now: float) -> None:
         file = stored.value
         if file.expires_at is None or files.users_of(store.records, file.owner, file.id):
             continue
-        store.records.commit(store.records.files.delete(stored))
+        told = files.told(audit.SYSTEM, "deleted", file, expired=True)
+        store.records.commit(store.records.files.delete(stored), told)
         store.blobs.delete(file.blob)
         logger.info("expired file removed: %s", file.id)
 

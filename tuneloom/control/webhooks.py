@@ -159,7 +159,7 @@ def delete(records: Records, actor: Actor, owner: str, id: str) -> None:
     retry(once)
 
 
-def send_test(records: Records, owner: str, id: str, event_type: str) -> WebhookDelivery:
+def send_test(records: Records, actor: Actor, owner: str, id: str, event_type: str) -> WebhookDelivery:
     """Write a sample event for an endpoint, to be sent once.
 
     Raises:
@@ -173,7 +173,8 @@ def send_test(records: Records, owner: str, id: str, event_type: str) -> Webhook
     what = "ftjob-test" if event_type.startswith("fine_tuning.") else endpoint.id
     row = outbox.delivery(endpoint, event_type, {"id": what, "test": True}, time.time())
     row = row.model_copy(update={"is_test": True})
-    records.commit(records.webhook_deliveries.create(row))
+    entry = _entry(actor, "webhook_endpoint.tested", endpoint, delivery_id=row.id, event_type=event_type)
+    records.commit(records.webhook_deliveries.create(row), entry)
     return row
 
 

@@ -444,8 +444,8 @@ def test_usage_webhook_and_audit_are_written_once(open_desk: Open):
     assert line.used.kind == "drafting" and line.used.job_id == made["id"] and line.used.key_id == "key_1"
     assert (line.amounts.input_tokens, line.amounts.output_tokens, line.amounts.requests) == (100, 200, 1)
     assert line.amounts.cost == pytest.approx(made["cost"]) == pytest.approx(0.0005)
-    entries = desk.store.records.audit_entries.query()
-    assert [entry.value.action for entry in entries] == ["draft.created"]
+    entries = desk.store.records.audit_entries.query(order_by="created_at")
+    assert [entry.value.action for entry in entries] == ["draft.created", "file.created"]
 
 
 def test_a_webhook_tells_of_the_end(open_desk: Open):

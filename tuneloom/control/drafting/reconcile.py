@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tuneloom.config import DraftingSettings
+from tuneloom.control import audit, files
 from tuneloom.control.drafting.collect import Collected, collect
 from tuneloom.control.drafting.outcome import ended, store_file, telling, told
 from tuneloom.control.drafting.tasks import DrafterTasks
@@ -234,7 +235,9 @@ class Drafts:
         after = ended(draft, values, collected, self._end_of(draft, drafters), now)
         writes: list[Write] = [self._records.drafters.delete(each) for each in drafters]
         if collected.lines:
-            writes.append(self._records.files.create(store_file(self._store, after, collected, now)))
+            file = store_file(self._store, after, collected, now)
+            entry = files.told(audit.SYSTEM, "created", file, sha256=file.sha256, draft=draft.id)
+            writes += [self._records.files.create(file), entry]
         writes += telling(self._records, after, now)
         self._records.commit(self._records.drafts.replace(stored, after), *writes)
         for drafter in values:
