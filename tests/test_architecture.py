@@ -40,7 +40,12 @@ ALSO = {
 }
 # Parts that may not be imported although they lie below, but for the modules named.
 ONLY_BY = {
-    ("train", "engine"): {"tuneloom.train.render", "tuneloom.train.fidelity", "tuneloom.train.memory"},
+    ("train", "engine"): {
+        "tuneloom.train.agreement",
+        "tuneloom.train.fidelity",
+        "tuneloom.train.memory",
+        "tuneloom.train.render",
+    },
     ("control", "engine"): set(),
     ("control", "train"): set(),
     ("train", "control"): set(),

@@ -13,6 +13,8 @@ from tuneloom.errors import InvalidRequest
 from tuneloom.store import open_blobs
 from tuneloom.store.peft_folder import WEIGHTS_FILE
 
+LEFT_OUT = "`training_config.json` is not a JSON object and was left out"
+
 
 @pytest.fixture
 def context(api, tmp_path, tiny_base) -> ApiContext:
@@ -148,6 +150,39 @@ def test_what_cannot_come_in_is_told_and_the_rest_comes_in(context, bucket, tiny
         "linked/v1": "symbolic link",
     }.items():
         assert notes[found][0] == "refused" and text in notes[found][1], notes[found]
+
+
+@pytest.mark.parametrize(
+    ("config", "metrics", "note"),
+    [
+        ('{"train_loss": 1' + "0" * 400 + ', "eval_loss": NaN}', {}, ""),
+        ('{"train_loss": true, "eval_loss": 0.25}', {"valid_loss": 0.25}, ""),
+        (
+            '{"base_model": "\\ud800", "train_loss": 1}',
+            {},
+            "`training_config.json` is not a JSON object and was left out",
+        ),
+        ("[" * 100_000, {}, LEFT_OUT),
+    ],
+    ids=["numbers", "bool", "surrogate", "deep"],
+)
+def test_what_a_training_config_must_not_hold_costs_no_more_than_itself(
+    context, bucket, tiny_adapters, config, metrics, note
+):
+    add(bucket, "bot", 1, tiny_adapters[0], config)
+    (imported,) = import_layout(context, "ada", bucket, {})
+    assert (imported.result, imported.note) == ("added", note)
+    assert models.list_versions(context.store.records, "ada")[0].metrics == metrics
+
+
+def test_an_adapter_under_another_name_than_a_versions_is_told(context, bucket, tiny_adapters):
+    add(bucket, "bot", 1, tiny_adapters[0])
+    add(bucket, "bot", 2, tiny_adapters[1]).rename(bucket / "models" / "bot" / "v02")
+    add(bucket, "new", 1, tiny_adapters[1]).rename(bucket / "models" / "new" / "latest")
+    (bucket / "models" / "bot" / "logs").mkdir()
+    found = {each.found: (each.result, each.note) for each in import_layout(context, "ada", bucket, {})}
+    assert found.keys() == {"bot/v1", "bot/v02", "new/latest"} and found["bot/v1"][0] == "added"
+    assert found["bot/v02"] == found["new/latest"] and "v1, v2 and so on" in found["bot/v02"][1]
 
 
 def test_a_folder_in_another_layout_is_refused(context, tmp_path):

@@ -23,9 +23,11 @@ from tuneloom.domain import (
     version_id,
 )
 from tuneloom.store import Store, open_store
-from tuneloom.store.artifacts import read_manifest
+from tuneloom.store.artifacts import fetch_adapter, read_manifest
+from tuneloom.train.attempt import run_attempt
 
 BASE_ID = "tiny/llama"
+Schedule = Callable[[int, Callable[[], None]], None]
 WORDS = ["red", "green", "blue", "left", "right", "up", "down", "yes", "no", "maybe"]
 
 
@@ -152,6 +154,37 @@ class Lab:
         return sorted(stored.value.step for stored in self.store.records.checkpoints.query({"job_id": job_id}))
 
 
+# Answers of the validation rows are never those that are learned, so that their loss soon rises.
+ODD_ROWS = [{"messages": [row["messages"][0], {"role": "assistant", "content": "maybe"}]} for row in colour_rows(6)]
+
+
+class Killed(BaseException):
+    """Stands for a death that no handler sees."""
+
+
+def run(lab: Lab, job_id: str) -> str:
+    """Run the job's current attempt."""
+    return run_attempt(lab.settings, job_id, lab.store.records.jobs.get(job_id).value.attempt)
+
+
+def final_adapter(lab: Lab, job_id: str, tmp_path: Path) -> bytes:
+    job = lab.store.records.jobs.get(job_id).value
+    manifest = read_manifest(lab.store.blobs, job.artifacts)
+    assert manifest is not None
+    return (
+        fetch_adapter(lab.store.blobs, manifest.adapter, tmp_path / "cache") / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def messages(lab: Lab, job_id: str) -> list[str]:
+    return [event.message for event in lab.events(job_id)]
+
+
+def valid_losses(lab: Lab, job_id: str) -> dict[int, float]:
+    data = [event.data or {} for event in lab.events(job_id) if event.type == "metrics"]
+    return {each["step"]: each["valid_loss"] for each in data if "valid_loss" in each}
+
+
 @pytest.fixture(autouse=True)
 def ample_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What others take of this machine's memory while a test kills a run says nothing of the run."""
@@ -167,7 +200,7 @@ def lab(tmp_path: Path, tiny_base: Path) -> Iterator[Lab]:
 
 
 @pytest.fixture
-def at_step(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+def at_step(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Schedule:
     """Let something happen once in a run when a step has just ended, before anything is made of it."""
     from tuneloom.train.steps import Steps
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import BASE_ID, Lab, colour_rows
-from tuneloom.domain import TrainOptions
+from tuneloom.config import BaseSettings
+from tuneloom.domain import Model, TrainOptions, model_id
 from tuneloom.errors import TuneloomError
 from tuneloom.train import by_hand
 from tuneloom.train.__main__ import main
@@ -109,9 +110,18 @@ def test_preferences_are_a_method_with_a_beta(lab: Lab, tmp_path: Path) -> None:
         (["--warm-start", "nobody@v1"], "`--warm-start`: there is no version or checkpoint `nobody@v1`."),
         (["--base", "no/such"], "`no/such` does not exist"),
         (["--data", "absent.jsonl"], "`absent.jsonl` cannot be read"),
+        (["--data", "/dev/null"], "`/dev/null` is no file"),
+        (["--rank", "65"], "`--rank`: 65 is above the largest rank that is served: 64."),
+        (["--model", "gpt-old"], "`gpt-old` is the name of a base model. Choose another `--model`."),
+        (["--model", "elsewhere"], "The model `elsewhere` is on the base `tiny/other`, not `tiny/llama`."),
     ],
 )
 def test_a_wrong_argument_is_named_and_makes_nothing(lab: Lab, tmp_path: Path, more: list[str], reason: str) -> None:
+    lab.settings = lab.settings.model_copy(
+        update={"bases": (BaseSettings(id=BASE_ID),), "base_aliases": {"gpt-old": BASE_ID}}
+    )
+    other = Model(id=model_id("local", "elsewhere"), owner="local", name="elsewhere", base="tiny/other", created_at=1.0)
+    lab.store.records.commit(lab.store.records.models.create(other))
     asked = by_hand.parse(arguments(write(tmp_path / "rows.jsonl"), *more))
     with pytest.raises(TuneloomError) as caught:
         by_hand.prepare(lab.settings, lab.store, asked)

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train.conftest import Lab
-from tests.train.test_attempt import final_adapter, run
+from tests.train.conftest import Lab, final_adapter, run
 from tuneloom.domain import TrainOptions
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]

@@ -13,8 +13,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from tests.tiny import make_adapter
-from tests.train.conftest import BASE_ID, WORDS, Lab
-from tests.train.test_attempt import Killed, final_adapter, run
+from tests.train.conftest import BASE_ID, WORDS, Killed, Lab, final_adapter, run
 from tuneloom.bases import Base, add_folder
 from tuneloom.domain import Hyperparameters, JobSpec, TrainOptions
 from tuneloom.train.data import PreferenceTokens, Tokens

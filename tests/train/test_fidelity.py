@@ -144,15 +144,15 @@ def test_a_perturbed_weight_is_found(lab: Lab, monkeypatch: pytest.MonkeyPatch) 
 def test_a_shift_of_all_tokens_within_the_tolerance_is_found_by_its_mean(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tuneloom.train import fidelity
+    from tuneloom.train import agreement
 
-    serve = fidelity._serve
+    serve = agreement._serve
 
     def shifted(*arguments: Any) -> tuple[list[list[float]], str]:
         scores, precision = serve(*arguments)
-        return [[score - 0.9 * fidelity.TOLERANCE["fp32"] for score in row] for row in scores], precision
+        return [[score - 0.9 * agreement.TOLERANCE["fp32"] for score in row] for row in scores], precision
 
-    monkeypatch.setattr(fidelity, "_serve", shifted)
+    monkeypatch.setattr(agreement, "_serve", shifted)
     error = failure(lab, lab.add_job(**FAST))
     assert error.code == "fidelity_logprobs" and "the mean difference is 0.009" in error.message
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.train.conftest import Lab, colour_rows
-from tests.train.test_attempt import run
+from tests.train.conftest import Lab, colour_rows, run
 from tuneloom.domain import WandbIntegration
 from tuneloom.train import integrations
 

@@ -5,7 +5,22 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli import audit, bases, drafts, files, jobs, keys, limits, lineage, local, models, store, usage, webhooks
+from tuneloom.cli import (
+    audit,
+    bases,
+    drafts,
+    files,
+    jobs,
+    keys,
+    limits,
+    local,
+    models,
+    reproduce,
+    store,
+    usage,
+    verify,
+    webhooks,
+)
 
 app = typer.Typer(
     name="tuneloom",
@@ -33,8 +48,8 @@ app.command()(local.up)
 app.command()(local.down)
 app.command()(local.status)
 app.command()(local.env)
-app.command()(lineage.verify)
-app.command()(lineage.reproduce)
+app.command()(verify.verify)
+app.command()(reproduce.reproduce)
 app.command()(usage.usage)
 app.command()(audit.audit)
 app.add_typer(keys.app, name="keys")

@@ -30,9 +30,9 @@ from tuneloom.store.peft_folder import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FI
 TRAINING_CONFIG = "training_config.json"
 
 _VERSION = re.compile(r"v([1-9][0-9]{0,8})")
-# Keys of objects that are looked into, such as `models/bot/v1/adapter/adapter_config.json`.
+# Keys of objects that are looked into, such as `models/bot/v1/adapter/adapter_config.json`, or under no version's name.
 _READ = "|".join(map(re.escape, (*ADAPTER_FILES, TRAINING_CONFIG)))
-_IS_READ = re.compile(rf"/{_VERSION.pattern}/(adapter/({_READ})|{re.escape(TRAINING_CONFIG)})$")
+_IS_READ = re.compile(rf"/[^/]+/(adapter/({_READ})|{re.escape(TRAINING_CONFIG)})$")
 CHUNK_BYTES = 1 << 20
 _BASE_KEYS = ("base_model", "base_model_name_or_path", "model_name_or_path", "base_model_id", "model_id", "model_name")
 _ACTIVE_KEYS = ("active", "is_active")
@@ -112,10 +112,13 @@ def import_layout(context: ApiContext, owner: str, folder: Path, base_map: dict[
         InvalidRequest: nothing in the folder is in that layout.
     """
     root = folder / "models" if (folder / "models").is_dir() else folder
-    names = sorted({path.parent.name for path in _version_folders(root)})
+    versions, others = _version_folders(root)
+    names = sorted({path.parent.name for path in versions})
     if not names:
         raise InvalidRequest(f"{folder} holds no `NAME/vN` folders. Give the copy of the bucket, or its `models`.")
-    return [result for name in names for result in _import_model(context, owner, name, root / name, base_map)]
+    results = [result for name in names for result in _import_model(context, owner, name, root / name, base_map)]
+    note = "versions are called v1, v2 and so on; rename the folder"
+    return [*results, *(Imported(f"{path.parent.name}/{path.name}", "refused", note) for path in others)]
 
 
 @contextmanager
@@ -140,9 +143,11 @@ def at_hand(source: str) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _version_folders(root: Path) -> list[Path]:
-    found = root.glob("*/v*") if root.is_dir() else ()
-    return [path for path in found if _VERSION.fullmatch(path.name) and path.is_dir()]
+def _version_folders(root: Path) -> tuple[list[Path], list[Path]]:
+    """Those of versions, and others that hold an adapter, too, under a name that is no version's."""
+    found = sorted(path for path in root.glob("*/*") if path.is_dir()) if root.is_dir() else []
+    versions = [path for path in found if _VERSION.fullmatch(path.name)]
+    return versions, [path for path in found if path not in versions and (path / "adapter").is_dir()]
 
 
 def _import_model(
@@ -236,7 +241,10 @@ def _read_told(folder: Path) -> _Told:
             continue
         try:
             with path.open("rb") as file:
-                data = json.loads(file.read(MAX_CONFIG_BYTES))
+                # A loss may be NaN, which is no number to keep.
+                data = json.loads(file.read(MAX_CONFIG_BYTES), parse_constant=lambda _: None)
+            # Half a character cannot be shown, or stored.
+            json.dumps(data, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             data = None
         if not isinstance(data, dict):
@@ -258,12 +266,18 @@ def _sort(data: dict[str, Any]) -> _Told:
     base = take(_BASE_KEYS)
     is_active = take(_ACTIVE_KEYS) is True
     settings = {ours: value for ours, theirs in _SETTINGS.items() if (value := take(theirs)) is not None}
-    metrics = {ours: float(value) for ours, theirs in _METRICS.items() if _is_number(value := take(theirs))}
+    metrics = {ours: value for ours, theirs in _METRICS.items() if (value := _number(take(theirs))) is not None}
     return _Told(base if isinstance(base, str) else None, is_active, settings, metrics, flat)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        # JSON has integers that no float holds.
+        return None
 
 
 def _content_sha256(folder: Path) -> str:

@@ -87,7 +87,8 @@ class WandbIntegration(BaseModel):
 class JobSpec(BaseModel):
     """What was asked of a job. Frozen: a rerun of the job trains exactly this.
 
-    `warm_start` is the adapter that `options.warm_start` named when the job was created.
+    `warm_start` is the adapter that `options.warm_start` named when the job was created. `micro_size` is set where a
+    run is repeated, to the rows of a forward pass that it had.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -100,6 +101,7 @@ class JobSpec(BaseModel):
     hyperparameters: Hyperparameters = Hyperparameters()
     options: TrainOptions = TrainOptions()
     warm_start: AdapterRef | None = None
+    micro_size: int | None = None
     wandb: tuple[WandbIntegration, ...] = ()
     metadata: dict[str, str] | None = None
 

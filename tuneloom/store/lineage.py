@@ -67,13 +67,14 @@ class CodeFacts(Part):
 
 
 class HardwareFacts(Part):
-    """`cpu_class` is what torch chooses its kernels by; `gpu` None: computed on the CPU."""
+    """`cpu_class` is what torch chooses its kernels by; `gpu` None: computed on the CPU. `workers` share each step."""
 
     machine: str
     cpu: str
     cpu_class: str
     cpu_flags_sha256: str
     threads: int
+    workers: int = 1
     gpu: str | None = None
     cuda: str | None = None
 

@@ -8,71 +8,34 @@ Before the first step and after the last stands a check that what is trained is 
 import logging
 import shutil
 import threading
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
 
-from tuneloom.bases import Base, get_base
+from tuneloom.bases import get_base
 from tuneloom.config import Settings
-from tuneloom.domain import Job
+from tuneloom.errors import InvalidRequest
 from tuneloom.store import Store, open_store
-from tuneloom.train.best import BestAdapter
-from tuneloom.train.checkpoints import Checkpoints, SavedState
+from tuneloom.train.agreement import Compared, check_factors, check_scores, sentence
+from tuneloom.train.checkpoints import Checkpoints
 from tuneloom.train.deaths import Deaths
 from tuneloom.train.failure import describe, is_out_of_memory
-from tuneloom.train.fidelity import Compared, check_factors, check_rendering, check_scores, sentence
+from tuneloom.train.fidelity import check_rendering
 from tuneloom.train.fit import fit_plan
 from tuneloom.train.folders import run_folder, stop_file
-from tuneloom.train.follow import Task, pack
-from tuneloom.train.inputs import Inputs, read_inputs
-from tuneloom.train.libraries import Libraries, import_libraries, release_memory
-from tuneloom.train.lineage import Witness
+from tuneloom.train.inputs import read_inputs
+from tuneloom.train.learn import Learned, learn
+from tuneloom.train.libraries import import_libraries, release_memory
 from tuneloom.train.memory import free_room
 from tuneloom.train.meter import Meter
 from tuneloom.train.micro import smaller, with_micro_size
 from tuneloom.train.patience import PatientBlobs
-from tuneloom.train.plan import Plan, make_plan, settings_text
+from tuneloom.train.plan import Plan, make_plan
 from tuneloom.train.progress import FenceLost, Pulse, Voice
-from tuneloom.train.publish import Outcome, Publisher
-from tuneloom.train.sample import Scored, pick_scored
+from tuneloom.train.run import Result, Run, early_end
 from tuneloom.train.start import fetch_start
 from tuneloom.train.states import StoredStates, states_prefix
 from tuneloom.train.team import ALONE, Left, StartAgain, Team
 
 logger = logging.getLogger(__name__)
-
-Result = Literal["published", "paused", "cancelled", "failed", "stopped", "fenced"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the parts of one attempt work with. `folder` is the job's own on this machine."""
-
-    settings: Settings
-    store: Store
-    voice: Voice
-    pulse: Pulse
-    job: Job
-    base: Base
-    folder: Path
-    checkpoints: Checkpoints
-    deaths: Deaths
-    team: Team
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A trained adapter in `folder`; its `factors` in the trainer, and what that thought of the rows `scored`, in its
-    `precision`.
-    """
-
-    folder: Path
-    publisher: Publisher
-    outcome: Outcome
-    precision: str
-    factors: dict[str, Any]
-    scored: tuple[Scored, ...]
-    scores: list[list[float]]
 
 
 def run_attempt(
@@ -154,7 +117,7 @@ def _run(
 def _train(run: Run) -> Result:
     run.voice.say(stage="reading files")
     inputs = read_inputs(run.store, run.job, run.base, run.folder)
-    if (wanted := _early_end(run.pulse)) is not None:
+    if (wanted := early_end(run.pulse)) is not None:
         return wanted
     run.voice.say(check_rendering(run.store, run.job, run.base, inputs), stage="loading")
     train = run.settings.train
@@ -163,13 +126,14 @@ def _train(run: Run) -> Result:
     has_bf16 = libraries.models.has_fast_bf16(use_gpu=use_gpu)
     start = fetch_start(run.store.blobs, run.job.spec, run.folder / "start")
     plan = make_plan(run.job.spec, inputs.training, run.base, has_bf16=has_bf16, use_gpu=use_gpu, start=start)
+    _check_rank(run, plan)
     room = free_room(use_gpu=use_gpu, limit_bytes=train.memory_bytes)
     plan = fit_plan(plan, run.job.spec.options, run.base, room, run.voice.progress().settings)
     plan = _fit(run, plan)
     while True:
         run.voice.say(total_steps=plan.total_steps, resolved=plan.hyperparameters, settings=plan.settings)
         try:
-            learned = _learn(run, plan, inputs, libraries)
+            learned = learn(run, plan, inputs, libraries)
             break
         except Exception as error:
             size = smaller(plan) if is_out_of_memory(error) else None
@@ -185,12 +149,25 @@ def _train(run: Run) -> Result:
     return _hand_over(run, learned) if isinstance(learned, Learned) else learned
 
 
+def _check_rank(run: Run, plan: Plan) -> None:
+    """Refuse what would be trained and then not be served. Raises InvalidRequest."""
+    served = next((each.engine for each in run.settings.bases if each.id == run.base.id), None)
+    if served is not None and plan.rank > served.max_rank:
+        raise InvalidRequest(
+            f"The adapter would have the rank {plan.rank}, and `{run.base.id}` is served with ranks up to "
+            f"{served.max_rank} (`engine.max_rank`). Use a lower `tuneloom.rank`.",
+            param="tuneloom.rank",
+        )
+
+
 def _fit(run: Run, plan: Plan) -> Plan:
     """`plan` with the micro-batch that the run had before; a smaller one if it seems to have died of its size."""
     state = run.checkpoints.latest()
     known = run.deaths.micro_size or (state.facts["micro_size"] if state else None)
     if known is not None:
         plan = with_micro_size(plan, known, "as before the restart")
+    elif run.job.spec.micro_size is not None:
+        plan = with_micro_size(plan, run.job.spec.micro_size, "as in the run that is repeated")
     size = smaller(plan)
     if run.deaths.too_large is None or size is None:
         return plan
@@ -198,82 +175,14 @@ def _fit(run: Run, plan: Plan) -> Plan:
 
 
 def _cut(run: Run, plan: Plan, size: int, reason: str) -> Plan:
-    run.deaths.cut(size)
+    fewer = with_micro_size(plan, size, reason)
+    run.deaths.cut(fewer.micro_size)
     run.voice.say(
-        f"{reason[0].upper()}{reason[1:]}: {size} of the {plan.batch_size} rows of a step at a time instead of "
-        f"{plan.micro_size}; the steps stay the same",
+        f"{reason[0].upper()}{reason[1:]}: {fewer.micro_size} of the {plan.batch_size} rows of a step at a time "
+        f"instead of {plan.micro_size}; the steps stay the same",
         level="warn",
     )
-    return with_micro_size(plan, size, reason)
-
-
-def _learn(run: Run, plan: Plan, inputs: Inputs, libraries: Libraries) -> Learned | Result:
-    """From the base to the adapter in a folder. What took memory is left to be released."""
-    lora, models, train = libraries.lora, libraries.models, run.settings.train
-    model = models.add_lora(models.load_base(run.base, plan, use_gpu=train.num_gpus > 0), plan)
-    is_dpo = plan.method == "dpo"
-    lengths = libraries.dpo.pair_lengths(inputs.training) if is_dpo else inputs.training.lengths
-    batches = lora.Batches(lengths, plan.batch_size, plan.micro_size, plan.seed)
-    witness = Witness(run.settings, run.store, run.job, run.base, plan, batches)
-    publisher = Publisher(run.store, run.voice, run.job, run.base, witness, checkpoints_kept=train.checkpoints_kept)
-    places = libraries.steps.Places(run.checkpoints, BestAdapter(run.folder / "best"), publisher, run.deaths)
-    steps = libraries.steps.Steps(
-        plan,
-        run.voice,
-        run.pulse,
-        places,
-        base_id=run.base.id,
-        interval_s=plan.checkpoint_every_s or train.checkpoint_interval_s,
-        validation=inputs.validation,
-    )
-    wandb = libraries.integrations.wandb_callbacks(
-        run.job, plan, run.voice, run.folder, run.settings.home, lambda: steps.metrics
-    )
-    trainer = (libraries.dpo.PreferenceTrainer if is_dpo else lora.LoraTrainer)(
-        model,
-        plan,
-        inputs.training,
-        batches,
-        tokenizer=models.load_tokenizer(run.base),
-        base_id=run.base.id,
-        folder=run.folder / "trainer",
-        use_gpu=train.num_gpus > 0,
-        callbacks=[steps, *wandb, lora.EndsTogether(run.team)],
-        on_save=steps.save,
-        team=run.team,
-    )
-    plan = witness.plan = trainer.plan
-    steps.follow(trainer)
-    if is_dpo:
-        run.voice.say(stage="computing the reference")
-        trainer.prepare(inputs.validation, lambda: run.pulse.intent() == "run")
-    if (wanted := _early_end(run.pulse)) is not None:
-        return wanted
-    state = run.checkpoints.latest()
-    _announce(run.voice, plan, state)
-    while not steps.go_on_from(state):
-        if (wanted := _early_end(run.pulse)) is not None:
-            return wanted
-    if not steps.evaluations.is_over:
-        if run.team.size > 1:
-            run.team.tell(
-                Task(plan, pack(state.path if state else None), pack(run.folder / "trainer" if is_dpo else None))
-            )
-        trainer.learn(state.path if state else None)
-        if (wanted := _early_end(run.pulse)) is not None:
-            return wanted
-    done = steps.last_step(state)
-    metrics = steps.take_best()
-    tokens = trainer.batches.tokens_until(done)
-    outcome = Outcome(plan.hyperparameters, plan.rank, done, tokens, metrics, plan.settings)
-    final = run.folder / "adapter"
-    shutil.rmtree(final, ignore_errors=True)
-    models.save_adapter(model, final, run.base.id)
-    scored = pick_scored(inputs.training)
-    scores = libraries.scores.trainer_scores(trainer, scored)
-    precision = plan.precision if plan.quantization == "none" else plan.quantization
-    factors = libraries.scores.trainer_factors(model)
-    return Learned(final, publisher, outcome, precision, factors, scored, scores)
+    return fewer
 
 
 def _hand_over(run: Run, learned: Learned) -> Result:
@@ -281,7 +190,7 @@ def _hand_over(run: Run, learned: Learned) -> Result:
     run.voice.say(stage="checking")
     compared = _compare(run, learned)
     check_factors(learned.folder, learned.factors)
-    if (wanted := _early_end(run.pulse)) is not None:
+    if (wanted := early_end(run.pulse)) is not None:
         return wanted
     outcome = replace(learned.outcome, fidelity=compared.fidelity, fidelity_note=compared.note)
     learned.publisher.version(learned.folder, outcome)
@@ -296,16 +205,3 @@ def _compare(run: Run, learned: Learned) -> Compared:
     if compared.fidelity is not None:
         run.voice.say(sentence(compared.fidelity))
     return compared
-
-
-def _early_end(pulse: Pulse) -> Result | None:
-    """What to end with if the job is not wanted to go on."""
-    ends: dict[str, Result] = {"pause": "paused", "cancel": "cancelled", "stop": "stopped"}
-    return ends.get(pulse.intent(fresh=True))
-
-
-def _announce(voice: Voice, plan: Plan, state: SavedState | None) -> None:
-    if state is not None:
-        voice.say(f"Training goes on from the checkpoint at step {state.step}")
-    elif voice.progress().logged_step == 0:
-        voice.say("Settings: " + settings_text(plan.settings))

@@ -28,6 +28,7 @@ from tuneloom.domain import (
     check_model_name,
     check_settings_agree,
     event_id,
+    model_id,
     new_id,
 )
 from tuneloom.errors import InvalidFile, InvalidRequest, TooLarge, TuneloomError
@@ -186,6 +187,8 @@ def how_to_call(version: Version) -> list[str]:
 
 def _describe(path: Path, owner: str, now: float, max_bytes: int) -> File:
     """The record of a local file, not yet stored."""
+    if path.exists() and not path.is_file():
+        raise InvalidRequest(f"`{path}` is no file. A run reads its rows more than once.")
     try:
         size = path.stat().st_size
         with path.open("rb") as source:
@@ -238,9 +241,28 @@ def _spec(
             warm_start=None if start is None else find_start(store.records, asked.owner, start, base),
         )
         check_settings_agree(spec)
+        _check_served(settings, store, asked.owner, spec)
     except InvalidRequest as error:
         raise InvalidRequest(_by_flags(error.message)) from error
     return spec
+
+
+def _check_served(settings: Settings, store: Store, owner: str, spec: JobSpec) -> None:
+    """Refuse what the API would refuse: a model that no request could call once it is trained."""
+    name = spec.suffix or ""
+    if name in settings.base_aliases or any(name == served.id for served in settings.bases):
+        raise InvalidRequest(f"`{name}` is the name of a base model. Choose another `--model`.")
+    existing = store.records.models.find(model_id(owner, name))
+    if existing is not None and existing.value.base != spec.base:
+        raise InvalidRequest(
+            f"The model `{name}` is on the base `{existing.value.base}`, not `{spec.base}`. Choose another `--model`, "
+            "or delete that one first."
+        )
+    served = next((each for each in settings.bases if each.id == spec.base), None)
+    rank = spec.warm_start.rank if spec.warm_start else spec.options.rank
+    if served is not None and rank is not None and rank > served.engine.max_rank:
+        field = "warm_start" if spec.warm_start else "rank"
+        raise InvalidRequest(f"`{field}`: {rank} is above the largest rank that is served: {served.engine.max_rank}.")
 
 
 def _hyperparameters(asked: argparse.Namespace) -> Hyperparameters:

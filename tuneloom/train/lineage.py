@@ -82,7 +82,7 @@ class Witness:
             "parent_sha256": spec.warm_start.sha256 if spec.warm_start else None,
             "packages": package_versions(),
             "code": code_facts(),
-            "hardware": hardware_facts(),
+            "hardware": hardware_facts(settings.train.workers),
         }
 
     def testify(
@@ -136,7 +136,7 @@ def code_facts() -> CodeFacts:
     return CodeFacts(commit=_commit(package.parent), sources_sha256=digest.hexdigest())
 
 
-def hardware_facts() -> HardwareFacts:
+def hardware_facts(workers: int) -> HardwareFacts:
     import torch
 
     model, flags = _cpu()
@@ -146,6 +146,7 @@ def hardware_facts() -> HardwareFacts:
         cpu_class=torch.backends.cpu.get_cpu_capability(),
         cpu_flags_sha256=hashlib.sha256(" ".join(sorted(flags)).encode()).hexdigest(),
         threads=torch.get_num_threads(),
+        workers=workers,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         cuda=torch.version.cuda if torch.cuda.is_available() else None,
     )

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuneloom.bases.catalogue import read_manifest
 from tuneloom.engine.text import Codec
-from tuneloom.errors import InvalidRequest
+from tuneloom.errors import InvalidRequest, TuneloomError
 from tuneloom.rows import Conversation, Pair, Preference, Row, Text
+from tuneloom.train.failure import BaseUnreadable, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,18 @@ class Renderer:
 
     @classmethod
     def load(cls, folder: Path, *, learn_all: bool = False) -> "Renderer":
-        codec = Codec.load(folder)
-        return cls(codec, _end_of_text(folder) or min(codec.stop_ids), learn_all=learn_all)
+        """Raises BaseUnreadable if the tokenizer or a config of the base in `folder` does not load."""
+        try:
+            codec = Codec.load(folder)
+            end_id = _end_of_text(folder) or min(codec.stop_ids)
+        except Exception as error:
+            if isinstance(error, TuneloomError) or is_out_of_memory(error):
+                raise
+            # The tokenizer's library raises plain `Exception`.
+            manifest = read_manifest(folder)
+            name = manifest.id if manifest else folder.name
+            raise BaseUnreadable.of(name, f"{type(error).__name__}: {error}".replace(str(folder), name)) from error
+        return cls(codec, end_id, learn_all=learn_all)
 
     def render(self, row: Conversation | Pair | Text) -> Example:
         """The row's example.

@@ -161,11 +161,7 @@ class Steps(TrainerCallback):
             return
         step, loss = state.global_step, logs["loss"]
         if not math.isfinite(loss) or not math.isfinite(logs.get("grad_norm", 0.0)):
-            wider = ", or `bf16` or `fp32` as `tuneloom.precision`" if self._plan.precision == "fp16" else ""
-            raise NotFinite(
-                f"The loss is no number any more at step {step} (learning rate {logs['learning_rate']:.2g}). "
-                f"Use a smaller `learning_rate_multiplier`{wider}."
-            )
+            raise self._not_finite("loss", step, logs["learning_rate"])
         if self._is_cut_off:
             # The next process evaluates first, and then tells of this step.
             self._unscored = logs
@@ -241,6 +237,8 @@ class Steps(TrainerCallback):
         score = self.trainer.score(self._validation, self._plan.micro_size, lambda: self._pulse.intent() == "run")
         if score is None:
             return False
+        if not math.isfinite(score.loss):
+            raise self._not_finite("validation loss", step, self._plan.learning_rate)
         self._scored = {
             "valid_loss": score.loss,
             "valid_mean_token_accuracy": score.accuracy,
@@ -252,6 +250,13 @@ class Steps(TrainerCallback):
         if is_best and self.evaluations.patience is not None:
             self._places.best.keep(lambda folder: save_adapter(self.trainer.model, folder, self._base_id))
         return True
+
+    def _not_finite(self, what: str, step: int, learning_rate: float) -> NotFinite:
+        wider = ", or `bf16` or `fp32` as `tuneloom.precision`" if self._plan.precision == "fp16" else ""
+        return NotFinite(
+            f"The {what} is no number any more at step {step} (learning rate {learning_rate:.2g}). "
+            f"Use a smaller `learning_rate_multiplier`{wider}."
+        )
 
     def _is_due(self, step: int) -> bool:
         every = self._plan.checkpoint_every_steps

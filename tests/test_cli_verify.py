@@ -1,41 +1,31 @@
-"""`tuneloom verify` and `tuneloom reproduce` on an adapter that was really trained."""
+"""`tuneloom verify` on an adapter that was really trained."""
 
 import json
+import os
 import shutil
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+import typer
+from click import Context
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.lineages import CONFIG, register
 from tests.test_cli import Shell
 from tests.train.conftest import BASE_ID, Lab, colour_rows
+from tuneloom import config
 from tuneloom.bases import get_base
-from tuneloom.cli import lineage as commands
+from tuneloom.cli import app
+from tuneloom.cli import verify as commands
 from tuneloom.config import BaseSettings, EngineSettings, TrainSettings
-from tuneloom.control import models
 from tuneloom.domain import Job, TrainOptions
-from tuneloom.store.artifacts import read_manifest
+from tuneloom.store import open_store
 from tuneloom.store.lineage import public_pem, read_signed, sign
 from tuneloom.train.attempt import run_attempt
-
-CONFIG = f"bases: [{{id: {BASE_ID}, engine: {{dtype: fp32}}}}]\ntrain: {{threads: 1, min_rows: 1}}\n"
-
-
-def register(lab: Lab, job_id: str) -> None:
-    """What control does with a published attempt, in short."""
-    stored = lab.store.records.jobs.get(job_id)
-    manifest = read_manifest(lab.store.blobs, stored.value.artifacts)
-    assert manifest is not None, lab.progress(job_id).error
-    addition = models.register(lab.store.records, stored.value, manifest, time.time())
-    after = stored.value.model_copy(update={"state": "succeeded", "version_id": addition.version.id})
-    lab.store.records.commit(*addition.writes, lab.store.records.jobs.replace(stored, after))
 
 
 @pytest.fixture(scope="module")
@@ -137,127 +127,96 @@ def test_a_changed_byte_of_any_file_is_found(home: Path, trained: tuple[Lab, Job
 
 def checks_of(home: Path) -> list[commands.Check]:
     """What `tuneloom verify colours` looks at."""
-    import typer
-    from click import Context
-
-    from tuneloom import config
-    from tuneloom.cli import app
-
     context = Context(typer.main.get_command(app), obj=home)
-    return list(commands._checks(context, config.load(home), "colours", None, "local"))  # type: ignore[arg-type]
+    return list(commands.checks_of(context, config.load(home), "colours", None, "local"))  # type: ignore[arg-type]
 
 
 def test_an_imported_adapter_has_no_lineage_to_verify(shell: Shell, tiny_adapters: list[Path]):
     assert shell("models", "import", str(tiny_adapters[0]), "--name", "bot") == 0
     assert shell("verify", "bot") == 1 and "it was imported" in shell.out
-    assert shell("reproduce", "bot") == 1
-
-
-class Control:
-    """Runs jobs that appear, as the service does, in a thread; `change` what it does before a run."""
-
-    def __init__(self, home: Path, tiny_base: Path) -> None:
-        self.lab = Lab.__new__(Lab)
-        from tuneloom import config
-        from tuneloom.store import open_store
-
-        self.lab.settings = config.load(home)
-        self.lab.store = open_store(self.lab.settings)
-        self.known = {stored.value.id for stored in self.lab.store.records.jobs.query({})}
-        self.results: list[str] = []
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> "Control":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join(60)
-        self.lab.store.close()
-
-    def _run(self) -> None:
-        from tuneloom.domain import Progress
-
-        while not self._is_over.wait(0.1):
-            for stored in self.lab.store.records.jobs.query({}):
-                job = stored.value
-                if job.id in self.known:
-                    continue
-                self.known.add(job.id)
-                self.lab.change_job(job.id, state="running", attempt=1, attempt_open=True)
-                progress = Progress(id=job.id, owner=job.owner, attempt=1, heartbeat_at=time.time())
-                self.lab.store.records.commit(self.lab.store.records.progress.create(progress))
-                self.results.append(run_attempt(self.lab.settings, job.id, 1))
-                if self.results[-1] == "published":
-                    register(self.lab, job.id)
-                else:
-                    self.lab.change_job(job.id, state="failed", error=self.lab.progress(job.id).error)
 
 
 @pytest.fixture
-def running(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command asks only whether somebody runs jobs."""
-    monkeypatch.setattr(commands, "Api", lambda settings: None)
+def folder(shell: Shell, tmp_path: Path) -> Path:
+    """A download of the model."""
+    assert shell("models", "download", "colours", "--to", str(tmp_path / "download")) == 0
+    return tmp_path / "download"
 
 
-def test_the_same_adapter_comes_again_and_leaves_no_model(
-    shell: Shell, home: Path, tiny_base: Path, running: None, trained: tuple[Lab, Job]
+def strip(folder: Path) -> None:
+    path = folder / "lineage.json"
+    document = json.loads(path.read_bytes())
+    path.write_bytes(json.dumps({k: v for k, v in document.items() if k != "signature"}).encode())
+
+
+def link(folder: Path, target: Path | str) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to(target)
+
+
+def pipe(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    os.mkfifo(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (strip, "FAIL  lineage: The lineage is not "),
+        (lambda folder: (folder / "lineage.json").unlink(), "FAIL  lineage: `"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "FAIL  adapter_config.json: it is missing"),
+        (lambda folder: (folder / "adapter_model.bin").write_bytes(b"x"), "FAIL  adapter_model.bin: the lineage has"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_bytes(b"{}"),
+            "FAIL  tokenizer.json: the lineage has no such",
+        ),
+        (lambda folder: link(folder, "nowhere"), "FAIL  adapter_model.safetensors: it is missing"),
+        (lambda folder: link(folder, "/dev/zero"), "FAIL  adapter_model.safetensors: it cannot be read: it is no file"),
+        (pipe, "FAIL  adapter_model.safetensors: it cannot be read: it is no file"),
+    ],
+)
+def test_a_folder_that_was_changed_fails_and_says_where(
+    shell: Shell, folder: Path, edit: Callable[[Path], object], told: str
 ):
-    with Control(home, tiny_base) as control:
-        assert shell("reproduce", "colours") == 0, shell.out + shell.err
-        assert control.results == ["published"]
-    assert "identical: adapter " in shell.out and "same machine, packages and code" in shell.out
-    assert "Step 3/3" in shell.out
-    assert shell("models", "list") == 0
-    assert "colours@v1 *" in shell.out and "reproduce" not in shell.out
-    assert " of 0.01 " in shell.out, "the list tells of the fidelity"
-    assert len(shell.out.splitlines()) == 2
+    edit(folder)
+    assert shell("verify", str(folder)) == 1
+    assert told in shell.out
 
 
-def test_what_differs_is_named_and_the_copy_is_removed(
-    shell: Shell, home: Path, tiny_base: Path, running: None, trained: tuple[Lab, Job], monkeypatch: pytest.MonkeyPatch
-):
-    from tuneloom.train import lineage
-    from tuneloom.train import models as train_models
-
-    save = train_models.save_adapter
-
-    def changed(model: Any, folder: Path, base_id: str) -> None:
-        save(model, folder, base_id)
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "peft_version": "0"}))
-
-    monkeypatch.setattr(train_models, "save_adapter", changed)
-    monkeypatch.setattr(lineage, "package_versions", lambda: {"torch": "0.0"})
-    with Control(home, tiny_base):
-        assert shell("reproduce", "colours@v1") == 1
-    assert "different: adapter " in shell.out and "package torch: " in shell.out and "0.0 now" in shell.out
-    assert shell("models", "list") == 0 and "reproduce" not in shell.out
+def test_what_is_read_by_people_only_is_named_and_does_not_fail(shell: Shell, folder: Path):
+    (folder / "README.md").write_text("Ours.")
+    (folder / ".gitattributes").write_text("")
+    link(folder, shutil.copy(folder / "adapter_model.safetensors", folder.parent / "weights"))
+    assert shell("verify", str(folder)) == 0, shell.out
+    assert "--    README.md: not covered" in shell.out and "--    .gitattributes: not covered" in shell.out
 
 
-def test_a_job_that_does_not_end_is_cancelled(shell: Shell, home: Path, running: None):
-    assert shell("reproduce", "colours", "--timeout", "0.0003") == 1
-    assert "did not end within" in shell.err
-    from tuneloom import config
-    from tuneloom.store import open_store
+def test_a_file_or_too_much_is_refused(shell: Shell, folder: Path):
+    with (folder / "lineage.json").open("r+b") as file:
+        file.truncate(1 << 30)
+    assert shell("verify", str(folder)) == 1 and "larger than a lineage may be" in shell.err
+    assert shell("verify", str(folder / "README.md")) == 1 and "Unpack it" in shell.err
 
+
+def test_a_folder_is_told_from_the_model_of_its_name(shell: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder.parent)
+    folder.rename("colours")
+    (folder.parent / "colours" / "adapter_config.json").write_text("{}")
+    assert shell("verify", "colours") == 1
+    assert "The model of that name: `tuneloom verify colours@v1`" in shell.err
+    assert shell("verify", "colours@v1") == 0, shell.out
+
+
+def test_a_file_that_was_added_to_the_base_is_found(shell: Shell, home: Path):
+    (get_base(home / "bases", BASE_ID).path / "chat_template.json").write_text("{}")
+    assert shell("verify", "colours") == 1
+    assert "FAIL  base chat_template.json: the lineage has no such file" in shell.out
+
+
+def test_the_adapter_of_another_job_under_a_version_is_found(shell: Shell, home: Path):
     store = open_store(config.load(home))
-    states = {stored.value.state for stored in store.records.jobs.query({})}
+    (version,) = store.records.versions.query({})
+    other = version.value.model_copy(update={"job_id": "ftjob-other"})
+    store.records.commit(store.records.versions.replace(version, other))
     store.close()
-    assert states == {"succeeded", "cancelled"}
-
-
-def test_nothing_is_reproduced_without_its_data_or_a_service(shell: Shell, running: None, monkeypatch: Any, home: Path):
-    from tuneloom import config
-    from tuneloom.store import open_store
-
-    store = open_store(config.load(home))
-    (file,) = store.records.files.query({})
-    store.records.commit(store.records.files.delete(file))
-    store.close()
-    assert shell("reproduce", "colours") == 1 and "is needed again" in shell.err
-    assert shell("verify", "colours") == 0 and "--    training file" in shell.out
-    monkeypatch.undo()
-    assert shell("reproduce", "colours") in (1, 3)
+    assert shell("verify", "colours") == 1 and "FAIL  job: the lineage is of ftjob-" in shell.out
