@@ -71,13 +71,15 @@ THIRD_PARTY = {
     "starlette": {"control", "serve"},
     "fastapi": set(),
     "uvicorn": set(),
-    "openai": set(),
+    "openai": {"control"},
     "redis": {"serve"},
     "limits": {"serve"},
     "typer": {"cli"},
     "rich": {"cli"},
     "psutil": {"ports", "cluster", "cli"},
 }
+# The client of one's users is for a provider that speaks their protocol, and loaded where drafts are written.
+OPENAI = "tuneloom.control.drafting.openai"
 # Google's packages are only imported where one of its services is spoken to.
 GOOGLE = ("tuneloom.store.firestore", "tuneloom.store.gcs", "tuneloom.control.drafting", "tuneloom.serve.firebase")
 
@@ -142,14 +144,16 @@ def test_third_party_packages_stay_where_they_belong(module: str):
         assert part_of(module) in THIRD_PARTY.get(package, {part_of(module)}), where
         if name.startswith("google."):
             assert module.startswith(GOOGLE), where
+        if package == "openai":
+            assert module == OPENAI, where
 
 
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
         ("tuneloom.cli", {"torch", "transformers", "ray", "httpx", "starlette", "numpy"}),
-        ("tuneloom.control.api", {"torch", "transformers", "ray"}),
-        ("tuneloom.control.deployment", {"torch", "transformers"}),
+        ("tuneloom.control.api", {"torch", "transformers", "ray", "openai"}),
+        ("tuneloom.control.deployment", {"torch", "transformers", "openai"}),
         ("tuneloom.serve.ingress", {"torch", "transformers"}),
         ("tuneloom.serve.app", {"torch", "transformers", "ray"}),
         ("tuneloom.serve.gateway", {"torch", "transformers"}),

@@ -1,11 +1,10 @@
-"""Any endpoint that speaks OpenAI's chat completions: OpenAI's own, vLLM, Ollama, or this installation."""
+"""Any endpoint that speaks OpenAI's chat completions, by the package `openai`: OpenAI's own, vLLM, Ollama, or ours."""
 
 import random
 import time
-from collections.abc import Callable
 from typing import Any
 
-import httpx
+import openai
 
 from tuneloom.config import DraftProviderSettings
 from tuneloom.control.drafting.prompts import Prompt
@@ -20,26 +19,22 @@ class OpenAICompatible:
     The form of replies falls from a JSON schema to any JSON object to what the prompt alone asks for.
     """
 
-    def __init__(
-        self,
-        name: str,
-        settings: DraftProviderSettings,
-        model: str,
-        key: str | None,
-        *,
-        transport: httpx.BaseTransport | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, name: str, settings: DraftProviderSettings, model: str, key: str | None) -> None:
         assert settings.base_url is not None, "checked by the settings"
         self._name, self._settings, self._model, self._key = name, settings, model, key
         self._forms = ["json_schema", "json_object", "none"]
         self._length_field = "max_tokens"
-        self._sleep = sleep
-        self._client = httpx.Client(
-            base_url=settings.base_url.rstrip("/") + "/",
-            headers={"authorization": f"Bearer {key}"} if key else {},
+        # Not by the environment's variables: whose account it is, the settings say.
+        absent = ("OpenAI-Organization", "OpenAI-Project", *(() if key else ("Authorization",)))
+        self._headers: Any = dict.fromkeys(absent, openai.Omit())
+        self._client = openai.OpenAI(
+            base_url=settings.base_url,
+            api_key=key or "none",
             timeout=settings.timeout_s,
-            transport=transport,
+            # Its own pauses cannot be set.
+            max_retries=0,
+            # A key goes to the address of the settings and to no other.
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
 
     def answer(
@@ -57,21 +52,22 @@ class OpenAICompatible:
                 self._length_field: max_tokens,
                 **_form(self._forms[0], schema),
             }
-            response = self._send(body)
-            if response.is_success:
-                return self._read(response)
-            if not self._learns(response):
-                wait_s = seconds(response.headers.get("retry-after"))
-                raise refusal(self._name, response.status_code, _message(response), self._key, retry_after_s=wait_s)
+            try:
+                return self._read(self._send(body))
+            except openai.APIStatusError as error:
+                if not self._learns(error):
+                    wait_s = seconds(error.response.headers.get("retry-after"))
+                    said = _message(error)
+                    raise refusal(self._name, error.status_code, said, self._key, retry_after_s=wait_s) from None
 
     def close(self) -> None:
         self._client.close()
 
-    def _learns(self, response: httpx.Response) -> bool:
+    def _learns(self, error: openai.APIStatusError) -> bool:
         """Whether the refusal is of a field that can be done without, and then it will be."""
-        if response.status_code not in (400, 422):
+        if error.status_code not in (400, 422):
             return False
-        said = response.text
+        said = error.response.text
         if self._length_field == "max_tokens" and "max_completion_tokens" in said:
             self._length_field = "max_completion_tokens"
             return True
@@ -80,22 +76,26 @@ class OpenAICompatible:
             return True
         return False
 
-    def _send(self, body: dict[str, Any]) -> httpx.Response:
-        """The answer of the last attempt."""
+    def _send(self, body: dict[str, Any]) -> Any:
+        """The completion, by one of the attempts. Raises APIStatusError with what the last one was refused for."""
         for attempt in range(1, self._settings.attempts + 1):
-            is_last = attempt == self._settings.attempts
+            is_last, wanted = attempt == self._settings.attempts, None
             try:
-                response = self._client.post("chat/completions", json=body)
-            except httpx.TransportError as error:
+                return self._client.chat.completions.create(**body, extra_headers=self._headers)
+            except openai.APIConnectionError as error:
                 if is_last:
-                    raise silence(self._name, self._settings.timeout_s, error) from None
-                self._sleep(self._delay(attempt))
-                continue
-            status = response.status_code
-            if is_last or not (status in (408, 409, 429) or status >= 500):
-                break
-            self._sleep(self._delay(attempt, response.headers.get("retry-after")))
-        return response
+                    is_late = isinstance(error, openai.APITimeoutError)
+                    cause = error if is_late or not isinstance(error.__cause__, Exception) else error.__cause__
+                    raise silence(self._name, self._settings.timeout_s, cause) from None
+            except openai.APIStatusError as error:
+                status = error.status_code
+                if is_last or not (status in (408, 409, 429) or status >= 500):
+                    raise
+                wanted = error.response.headers.get("retry-after")
+            except (ValueError, openai.APIResponseValidationError):
+                raise nonsense(self._name) from None
+            time.sleep(self._delay(attempt, wanted))
+        raise AssertionError("the last attempt returns or raises")
 
     def _delay(self, attempt: int, retry_after: str | None = None) -> float:
         if wanted_s := seconds(retry_after):
@@ -103,20 +103,19 @@ class OpenAICompatible:
         longest = min(self._settings.retry_delay_s * 2 ** (attempt - 1), MAX_RETRY_AFTER_S)
         return longest * random.uniform(0.5, 1)
 
-    def _read(self, response: httpx.Response) -> Answer:
+    def _read(self, completion: Any) -> Answer:
+        """Nothing of it is checked by the client, and endpoints differ."""
         try:
-            data = response.json()
-            choice = data["choices"][0]
-            message = choice["message"]
-            usage = data.get("usage") or {}
-            text = _text(message.get("content"))
-            ended = _ENDS.get(choice.get("finish_reason") or "stop", "stop")
-            if message.get("refusal") and not text:
+            choice, usage = completion.choices[0], completion.usage
+            text = _text(choice.message.content)
+            ended = _ENDS.get(getattr(choice, "finish_reason", None) or "stop", "stop")
+            if choice.message.refusal and not text:
                 ended = "blocked"
-            given, made = (count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
-        except (ValueError, LookupError, TypeError, AttributeError):
+            given, made = (count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens"))
+            model = str(getattr(completion, "model", None) or "") or None
+        except (LookupError, TypeError, AttributeError):
             raise nonsense(self._name) from None
-        return Answer(text, ended, given, made, str(data.get("model") or "") or None)  # type: ignore[arg-type]
+        return Answer(text, ended, given, made, model)  # type: ignore[arg-type]
 
 
 def _form(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -133,9 +132,7 @@ def _text(content: Any) -> str:
     return str(content or "")
 
 
-def _message(response: httpx.Response) -> str:
-    try:
-        error = response.json()["error"]
-        return str(error["message"]) if isinstance(error, dict) else str(error)
-    except (ValueError, LookupError, TypeError):
-        return response.text[:1000]
+def _message(error: openai.APIStatusError) -> str:
+    # The client has taken the body out of its `error`.
+    said = error.body.get("message") if isinstance(error.body, dict) else error.body
+    return str(said) if said else error.response.text[:1000]
