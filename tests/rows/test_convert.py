@@ -161,7 +161,7 @@ def test_json_lines_under_the_name_of_json_stay_as_they_are(data: str) -> None:
         ('[{"text": NaN}]', "Row 1 (line 1): Not usable JSON: `NaN`"),
         (r'[{"text": "\ud800"}]', "Row 1 (line 1): A string holds half of a character"),
         ("[" * 3000, "nested too deeply"),
-        (f"[{'9' * 5000}]", "Row 1 (line 1): Not usable JSON"),
+        (f"[{'9' * 5000}]", "Row 1 (line 1): Not usable JSON: a number has too many digits."),
         (f'[{ROW},\n{{"text": "'.encode() + b'\xe9"}]', "Row 2 (line 2): Not UTF-8: the byte 0xe9"),
         (f'[{ROW},\n{{"text": "'.encode() + b"\xc5", "Row 2 (line 2): Not UTF-8: the byte 0xc5"),
         (f"[{ROW}]".encode("utf-16"), "The file is UTF-16"),

@@ -111,7 +111,7 @@ def test_a_weight_or_arguments_that_say_nothing_are_none() -> None:
         ('{"messages": 1, "messages": 2}', "appears twice"),
         (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "half of a character"),
         ("[" * 200_000, "nested too deeply"),
-        ('{"messages": ' + "9" * 5000 + "}", "Not usable JSON"),
+        ('{"messages": ' + "9" * 5000 + "}", "Not usable JSON: a number has too many digits."),
         ({}, "No known format"),
         ({"question": "a"}, "`question`"),
         ({"text": "other"}, "A file has one format"),

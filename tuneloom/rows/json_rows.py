@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from tuneloom.rows.fields import Place, Wrong, WrongAt, kind_of, quoted
-from tuneloom.rows.parse import parse
+from tuneloom.rows.parse import parse, unusable
 
 _CHUNK_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -61,7 +61,7 @@ class JsonRows:
             except RecursionError:
                 raise Wrong("Not usable JSON: it is nested too deeply.") from None
             except ValueError as error:
-                raise Wrong(f"Not usable JSON: {error}.") from None
+                raise unusable(error) from None
             else:
                 # A number may go on behind the buffer's end.
                 if end < len(text.buffer) or not text.read_more():

@@ -54,8 +54,14 @@ def _explain(raw: bytes) -> Any:
     except UnicodeEncodeError:
         raise Wrong("A string holds half of a character: a `\\ud800`-`\\udfff` escape without its pair.") from None
     except ValueError as error:
-        raise Wrong(f"Not usable JSON: {error}.") from None
+        raise unusable(error) from None
     return data
+
+
+def unusable(error: ValueError) -> Wrong:
+    """What to say of JSON that Python does not take. Of long numbers its own words name one of its functions."""
+    is_long = "integer string conversion" in str(error)
+    return Wrong(f"Not usable JSON: {'a number has too many digits' if is_long else error}.")
 
 
 def _refuse_constant(name: str) -> Any:
