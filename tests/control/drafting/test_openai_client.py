@@ -54,6 +54,7 @@ def completion(content: Any = "hi", **choice: Any) -> dict[str, Any]:
 def test_whose_account_it_is_the_settings_say_and_no_variable(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ORG_ID", "PROJECT_ID", "API_KEY", "ADMIN_KEY"):
         monkeypatch.setenv(f"OPENAI_{name}", "of-the-environment")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: of-the-environment")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
     _, headers = says(completion())
     assert headers["user-agent"].startswith("OpenAI/") and headers["authorization"] == "Bearer k"

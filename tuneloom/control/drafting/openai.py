@@ -24,9 +24,13 @@ class OpenAICompatible:
         self._name, self._settings, self._model, self._key = name, settings, model, key
         self._forms = ["json_schema", "json_object", "none"]
         self._length_field = "max_tokens"
-        # Not by the environment's variables: whose account it is, the settings say.
-        absent = ("OpenAI-Organization", "OpenAI-Project", *(() if key else ("Authorization",)))
-        self._headers: Any = dict.fromkeys(absent, openai.Omit())
+        # In each request, so that no variable of the environment says whose account it is.
+        nothing = openai.Omit()
+        self._headers: Any = {
+            "Authorization": f"Bearer {key}" if key else nothing,
+            "OpenAI-Organization": nothing,
+            "OpenAI-Project": nothing,
+        }
         self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=key or "none",
