@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.control.conftest import assert_error
+from tuneloom.control import files
 from tuneloom.control.sweep import sweep
 
 
@@ -114,6 +115,34 @@ def test_a_part_and_an_upload_have_their_limits(api):
     assert api.post(f"/v1/uploads/{upload}/parts", files={"data": ("part", large)}).status_code == 413
     body = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 9 << 30, "mime_type": "x"}
     assert api.post("/v1/uploads", json=body).status_code == 413
+
+
+def test_parts_that_an_upload_could_never_use_are_refused(api):
+    upload = start_upload(api, 3)
+    path = f"/v1/uploads/{upload}/parts"
+    assert_error(api.post(path, files={"data": ("part", b"abcd")}), 400, "data", "announced with 3")
+    parts = [add_part(api, upload, b"abc"), add_part(api, upload, b"abc")]
+    assert_error(api.post(path, files={"data": ("part", b"d")}), 400, "data", "The upload has 2 parts")
+    assert len(api.store.blobs.list(f"uploads/{upload}")) == 2
+    assert api.post(f"/v1/uploads/{upload}/complete", json={"part_ids": parts[:1]}).json()["status"] == "completed"
+
+
+def test_who_completes_an_upload_that_ends_meanwhile_hears_how_it_ended(api, monkeypatch):
+    for end, status in (("complete", 200), ("cancel", 409)):
+        upload = start_upload(api, 6)
+        body = {"part_ids": [add_part(api, upload, b"abc"), add_part(api, upload, b"def")]}
+        parts_in_order = files.parts_in_order
+
+        def ended_first(*arguments, end=end, upload=upload, body=body, parts_in_order=parts_in_order):
+            monkeypatch.setattr(files, "parts_in_order", parts_in_order)
+            found = parts_in_order(*arguments)
+            assert api.post(f"/v1/uploads/{upload}/{end}", json=body).is_success
+            return found
+
+        monkeypatch.setattr(files, "parts_in_order", ended_first)
+        answer = api.post(f"/v1/uploads/{upload}/complete", json=body)
+        assert answer.status_code == status, answer.text
+    assert len(api.store.records.files.query()) == len(api.store.blobs.list("files")) == 1
 
 
 def test_parts_may_come_at_once(api):

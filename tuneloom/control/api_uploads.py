@@ -13,9 +13,9 @@ from tuneloom.control.api_files import show_file
 from tuneloom.control.body import Body, Part, digest, identify, parse, read_form, read_json, retry_count, size_text
 from tuneloom.control.context import FileRoutes, caller, in_thread
 from tuneloom.control.retry import retry
-from tuneloom.domain import Actor, Upload, UploadPart, new_id
-from tuneloom.errors import TooLarge
-from tuneloom.store.base import StoreConflict, Write
+from tuneloom.domain import Actor, File, Upload, UploadPart, new_id
+from tuneloom.errors import InvalidRequest, TooLarge
+from tuneloom.store.base import BlobNotFound, StoreConflict, Write
 
 MAX_PARTS = 10_000
 
@@ -97,6 +97,8 @@ class UploadsApi(FileRoutes):
         )
 
     def _add_part(self, request: Request, owner: str, upload_id: str, data: Part) -> UploadPart:
+        upload = files.get_pending(self._records, owner, upload_id).value
+        files.check_part(self._records, upload, data.size_bytes, max_parts=MAX_PARTS)
         sha256 = data.sha256()
         id = new_id("part_")
         part = UploadPart(
@@ -137,16 +139,13 @@ class UploadsApi(FileRoutes):
         if again and known.status == "completed":
             return self._show_upload(known)
         stored = files.get_pending(self._records, owner, id)
-        parts = files.parts_in_order(self._records, stored.value, body.part_ids)
-        file = files.join_parts(
-            self._store,
-            stored.value,
-            parts,
-            body.md5,
-            new_id("file-"),
-            max_bytes=self._limits.max_upload_bytes,
-            timeout_s=self._timeout_s,
-        )
+        try:
+            file = self._join(stored.value, body)
+        except (BlobNotFound, InvalidRequest):
+            # The parts go when the upload ends: if somebody has ended it meanwhile, that is what there is to say.
+            if files.get_upload(self._records, owner, id).value.status == "pending":
+                raise
+            return self._complete_upload(owner, id, body, True, actor)
         done = stored.value.model_copy(update={"status": "completed", "file_id": file.id})
         try:
             told = files.told(actor, "created", file, sha256=file.sha256, upload=id)
@@ -157,6 +156,17 @@ class UploadsApi(FileRoutes):
             return self._complete_upload(owner, id, body, True, actor)
         files.drop_parts(self._store, id)
         return self._show_upload(done)
+
+    def _join(self, upload: Upload, body: CompleteUpload) -> File:
+        return files.join_parts(
+            self._store,
+            upload,
+            files.parts_in_order(self._records, upload, body.part_ids),
+            body.md5,
+            new_id("file-"),
+            max_bytes=self._limits.max_upload_bytes,
+            timeout_s=self._timeout_s,
+        )
 
     async def cancel_upload(self, request: Request) -> Response:
         owner, id = caller(request, "training").owner, request.path_params["id"]

@@ -198,6 +198,26 @@ def get_pending(records: Records, owner: str, id: str) -> Stored[Upload]:
     return stored
 
 
+def check_part(records: Records, upload: Upload, size_bytes: int, *, max_parts: int) -> None:
+    """Refuse one more part, of so many bytes, that the upload could never use.
+
+    Parts may have twice what was announced, since who lost the answer to one sends it again.
+    """
+    announced = upload.size_bytes
+    if size_bytes > announced:
+        raise InvalidRequest(
+            f"The part has {size_bytes:,} bytes; the whole upload was announced with {announced:,}.", param="data"
+        )
+    parts = records.upload_parts.query({"upload_id": upload.id}, limit=max_parts)
+    total = sum(part.value.size_bytes for part in parts) + size_bytes
+    if len(parts) >= max_parts or total > 2 * announced:
+        raise InvalidRequest(
+            f"The upload has {len(parts):,} parts, and was announced with {announced:,} bytes. Its parts may be "
+            f"{max_parts:,}, and have twice as many bytes together. Complete it, or cancel it and create a new one.",
+            param="data",
+        )
+
+
 def parts_in_order(records: Records, upload: Upload, ids: Iterable[str]) -> list[UploadPart]:
     """The parts named by `ids`; one may come twice, since a retried part that was found again is one part."""
     parts = []
