@@ -13,7 +13,7 @@ from tests.parts.servers import HOST
 TIMEOUT_S = 60.0
 _PIECE = 1 << 16
 
-Fault = Literal["pass", "flip", "cut_request", "cut_answer", "lose_answer", "stall"]
+Fault = Literal["pass", "less", "flip", "cut_request", "cut_answer", "lose_answer", "stall"]
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Front:
     Each fault strikes the next requests whose line holds its text, as often as was said:
     - a status: it is the answer, and the part sees nothing;
     - `pass`: none, for the one after it to strike later;
+    - `less`: the answer is 308 with the first bytes alone, and the part sees nothing;
     - `flip`: the part gets the body with one bit of its middle turned round;
     - `cut_request`: the connection ends in the middle of the body, and the part sees nothing;
     - `lose_answer`: the part has done it, and the connection ends without an answer;
@@ -116,6 +117,9 @@ def _handler(front: Front) -> type[BaseHTTPRequestHandler]:
                 body = flipped(body)
             if isinstance(fault, int):
                 self._answer(fault, {"content-type": "application/json"}, b'{"error": {"message": "spoiled"}}')
+                return
+            if fault == "less":
+                self._answer(308, {"range": "bytes=0-99999"}, b"")
                 return
             status, headers, content = self._ask(body)
             if fault == "lose_answer":

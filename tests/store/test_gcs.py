@@ -320,11 +320,19 @@ def test_a_large_upload_that_is_cut_goes_on_where_it_was(blobs: GcsBlobs, spoile
         assert hashlib.file_digest(file, "sha256").hexdigest() == sha256(path.read_bytes())
 
 
-def test_an_upload_that_the_server_has_forgotten_begins_anew(blobs: GcsBlobs, spoiled: Front) -> None:
+@pytest.mark.parametrize("fault", [410, 308, "less"])
+def test_an_upload_of_which_the_server_has_less_than_was_sent_begins_anew(
+    blobs: GcsBlobs, spoiled: Front, fault: Any
+) -> None:
+    """Its session is gone; or it goes on, and of the bytes that were sent none or the first alone have arrived."""
     data = noise(2 * UPLOAD_BYTES)
-    spoiled.spoil("PUT", 410)
+    spoiled.spoil("PUT", fault)
     blobs.write("a", data)
     assert blobs.read("a") == data
+
+
+def test_an_upload_that_is_always_forgotten_is_given_up(blobs: GcsBlobs, spoiled: Front) -> None:
+    data = noise(2 * UPLOAD_BYTES)
     spoiled.spoil("PUT", 404, times=10)
     with pytest.raises(Overloaded, match="3 tries"):
         blobs.write("b", data)

@@ -30,8 +30,9 @@ PAGE = 1000
 BUFFER_BYTES = 64 << 10
 UPLOAD_TRIES = 3
 MAX_TRIES = 20
-# An upload of which the server says so begins anew: its bytes are not the promised ones, or its session is gone.
-LOST = frozenset({400, 410})
+# An upload of which the server says so begins anew: nothing of it is there, its bytes are not the promised ones, or its
+# session is gone.
+LOST = frozenset({308, 400, 410})
 # An object's name has up to 1024 bytes, a key 900 of them.
 MAX_PREFIX = 100
 

@@ -96,12 +96,14 @@ def test_a_draft_that_failed_is_told_as_its_end_and_not_as_an_error_of_the_strea
 
 
 def test_silence_has_heartbeats_and_the_time_that_was_asked_for_ends_it(open_desk: Open, monkeypatch):
-    monkeypatch.setattr(draft_events, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(draft_events, "HEARTBEAT_S", 0.05)
     desk = open_desk()
     id = desk.create()["id"]
     with served(desk) as url:
         answer = httpx.get(
-            f"{url}/tuneloom/drafts/{id}/events?timeout_s=1", headers={"authorization": "Bearer ada:training"}
+            f"{url}/tuneloom/drafts/{id}/events?timeout_s=1",
+            headers={"authorization": "Bearer ada:training"},
+            timeout=60,
         )
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-cache"
