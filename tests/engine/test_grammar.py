@@ -36,3 +36,9 @@ def test_plain_schemas_are_grammars():
     for schema in ({"type": "object"}, {}, {"type": "string", "pattern": "^[a-c]{2}$"}, {"enum": ["a", 1, None]}):
         check_grammar(json_schema_grammar(json.dumps(schema)))
     check_grammar(json_object_grammar())
+
+
+def test_alternatives_that_overlap_are_refused_in_the_words_of_schemas() -> None:
+    schema = json.dumps({"oneOf": [{"type": "number"}, {"type": "integer"}]})
+    with pytest.raises(InvalidRequest, match="alternatives of a `oneOf` are not told apart. Use `anyOf`"):
+        json_schema_grammar(schema)

@@ -119,7 +119,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(field: str, value: Any) -> N
         ({"temperature": "1"}, "invalid_type", "temperature"),
         ({"temperature": True}, "invalid_type", "temperature"),
         ({"temperature": 2.1}, "invalid_value", "temperature"),
-        ({"top_p": 0}, "invalid_value", "top_p"),
+        ({"top_p": -0.1}, "invalid_value", "top_p"),
         ({"max_tokens": -1}, "invalid_value", "max_tokens"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),
         ({"max_tokens": 1.5}, "invalid_type", "max_tokens"),
@@ -147,6 +147,12 @@ def test_what_cannot_be_honoured_is_refused_by_name(field: str, value: Any) -> N
         ({"messages": []}, "invalid_value", "messages"),
         ({"service_tier": "gold"}, "invalid_value", "service_tier"),
         ({"service_tier": 1}, "invalid_type", "service_tier"),
+        ({"store": "yes"}, "invalid_type", "store"),
+        ({"user": 5}, "invalid_type", "user"),
+        ({"metadata": "a"}, "invalid_type", "metadata"),
+        ({"metadata": {"a": 1}}, "invalid_type", "metadata.a"),
+        ({"metadata": {"k" * 65: "a"}}, "invalid_value", "metadata"),
+        ({"metadata": {str(i): "a" for i in range(17)}}, "invalid_value", "metadata"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_kind_of_fault(fields: dict[str, Any], code: str, param: str) -> None:
@@ -175,6 +181,14 @@ def test_a_wrong_field_is_named_with_its_kind_of_fault(fields: dict[str, Any], c
         ({"role": "user", "content": "x", "tool_calls": [1]}, "unsupported_parameter", "messages[1].tool_calls"),
         ({"role": "tool", "content": "x"}, "missing_required_parameter", "messages[1].tool_call_id"),
         ({"role": "assistant", "tool_calls": [{"id": "c"}]}, "invalid_type", "messages[1].tool_calls[0].function"),
+        *(
+            (
+                {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": arguments}}]},
+                "invalid_value",
+                "messages[1].tool_calls[0].function.arguments",
+            )
+            for arguments in ("{oops", "[1]", "null", "5")
+        ),
     ],
 )
 def test_a_wrong_message_is_named_by_its_place(message: Any, code: str, param: str) -> None:
@@ -248,7 +262,9 @@ def test_a_prompt_is_text_or_token_ids_alone_or_in_a_list(prompt: Any, prompts: 
         ({"prompt": ["a"] * 100, "n": 100}, "invalid_value", "n"),
         ({"logprobs": 6}, "invalid_value", "logprobs"),
         ({"logprobs": True}, "invalid_type", "logprobs"),
-        ({"best_of": 2}, "unsupported_parameter", "best_of"),
+        ({"best_of": 2, "n": 3}, "invalid_value", "best_of"),
+        ({"best_of": 2, "stream": True}, "invalid_value", "best_of"),
+        ({"prompt": ["a"] * 100, "best_of": 100}, "invalid_value", "best_of"),
         ({"suffix": "x"}, "unsupported_parameter", "suffix"),
         ({"echo": True, "logprobs": 1}, "unsupported_parameter", "echo"),
         ({"tools": []}, "unknown_parameter", "tools"),
@@ -258,6 +274,18 @@ def test_a_prompt_is_text_or_token_ids_alone_or_in_a_list(prompt: Any, prompts: 
 )
 def test_a_wrong_completion_field_is_named(fields: dict[str, Any], code: str, param: str) -> None:
     assert refusal(parse_completion, completion(**fields)) == (code, param)
+
+
+@pytest.mark.parametrize("seed", [-(1 << 63), (1 << 63) - 1])
+def test_every_64_bit_seed_is_one(seed: int) -> None:
+    assert parse_chat(chat(seed=seed, n=2)).params.seed == seed
+
+
+def test_a_refused_value_is_shown_as_json() -> None:
+    with pytest.raises(InvalidRequest, match='Invalid `model`: ""'):
+        parse_chat(chat(model=""))
+    with pytest.raises(InvalidRequest, match="expected a token id, got -1"):
+        parse_completion(completion(prompt=[-1]))
 
 
 def test_the_model_in_the_url_must_not_be_contradicted() -> None:

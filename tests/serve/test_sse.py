@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -19,7 +20,10 @@ async def slow(closed: list[str]) -> AsyncGenerator[bytes, None]:
 
 
 def test_an_event_is_one_line_whatever_its_text() -> None:
-    assert event({"text": "é\n\r\u2028"}) == 'data: {"text":"é\\n\\r\u2028"}\n\n'.encode()
+    text = "é\n\r\x0b\x0c\x1c\x85\u2028\u2029🙂"
+    data = event({"text": text}).decode()
+    assert len(data.splitlines()) == 2
+    assert "é" in data and json.loads(data.removeprefix("data: ")) == {"text": text}
     assert DONE == b"data: [DONE]\n\n"
 
 

@@ -107,6 +107,8 @@ def _readable(fault: str) -> str:
     text = " ".join(fault.partition("<backtrace>")[0].split())[:300]
     if found := re.match(r"Unimplemented keys: \[(.*)\]", text):
         return f"the keywords {found[1].replace(chr(34), '`')} are not supported. Leave them out."
+    if text.startswith("oneOf"):
+        return "the alternatives of a `oneOf` are not told apart. Use `anyOf`."
     if "too costly" in text or "too large" in text:
         return "it is too complex. Use fewer patterns, alternatives and combinations of them."
     if "recursion limit" in text:

@@ -1,6 +1,7 @@
 """OpenAI's answers from a stream of frames: whole objects and chunks, for chat and text. No HTTP, no SSE framing."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -126,7 +127,7 @@ class CompletionAnswer:
 
     def whole(self, frames: Iterable[Frame]) -> Json:
         choices, usage = _fold(frames, self._call.num_choices)
-        return self._head.json([self._choice(choice) for choice in choices], usage=_usage(usage))
+        return self._head.json([self._choice(choice) for choice in self._best(choices)], usage=_usage(usage))
 
     def opening(self) -> Iterator[Json]:
         return iter(())
@@ -139,6 +140,16 @@ class CompletionAnswer:
         if self._call.include_usage:
             yield self._head.json([], usage=_usage(usage))
 
+    def _best(self, choices: list[Delta]) -> list[Delta]:
+        """Those of each prompt that are the answer, the best first."""
+        count, n = self._call.num_best, self._call.params.n
+        if count is None:
+            return choices
+        best: list[Delta] = []
+        for start in range(0, len(choices), n):
+            best += sorted(choices[start : start + n], key=_mean_logprob, reverse=True)[:count]
+        return [replace(choice, index=index) for index, choice in enumerate(best)]
+
     def _choice(self, delta: Delta) -> Json:
         return {
             "index": delta.index,
@@ -148,7 +159,7 @@ class CompletionAnswer:
         }
 
     def _logprobs(self, delta: Delta) -> Json | None:
-        if self._call.params.logprobs is None:
+        if self._call.params.logprobs is None or not self._call.shows_logprobs:
             return None
         offsets = []
         for entry in delta.logprobs:
@@ -187,6 +198,11 @@ def _fold(frames: Iterable[Frame], num_choices: int) -> tuple[list[Delta], Usage
         for i in range(num_choices)
     ]
     return choices, usage
+
+
+def _mean_logprob(choice: Delta) -> float:
+    """An answer without a token is the least likely."""
+    return sum(entry.logprob for entry in choice.logprobs) / len(choice.logprobs) if choice.logprobs else -math.inf
 
 
 def _joined(pieces: Iterable[ToolCallDelta]) -> list[ToolCallDelta]:

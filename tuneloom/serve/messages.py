@@ -1,5 +1,6 @@
 """The `messages` of a chat request, checked and brought to one form: `role` and `content` as text. No template."""
 
+import json
 from typing import Any
 
 from tuneloom.errors import InvalidRequest, InvalidType, MissingParameter, UnknownParameter, UnsupportedParameter
@@ -134,7 +135,19 @@ def _tool_calls(calls: Any, param: str) -> list[dict[str, Any]]:
 def _function(function: Any, param: str) -> dict[str, str]:
     if not isinstance(function, dict):
         raise InvalidType(f"Invalid type for `{param}`: expected an object, got {json_type(function)}.", param=param)
-    return {name: _text(function.get(name), f"{param}.{name}") for name in ("name", "arguments")}
+    read = {name: _text(function.get(name), f"{param}.{name}") for name in ("name", "arguments")}
+    try:
+        # Clients send nothing for a call without arguments.
+        arguments = json.loads(read["arguments"].strip() or "{}")
+    except ValueError as error:
+        raise _wrong_arguments(f"{param}.arguments", f"not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise _wrong_arguments(f"{param}.arguments", json_type(arguments))
+    return read
+
+
+def _wrong_arguments(param: str, what: str) -> InvalidRequest:
+    return InvalidRequest(f"Invalid `{param}`: they are {what}. Send the text of a JSON object.", param=param)
 
 
 def _text(value: Any, param: str) -> str:

@@ -5,13 +5,14 @@ No HTTP, no models, no tokens: a JSON object in, a `Call` out. What happens to e
     honoured   the fields of `Sampling`, `Chat` and `Completion` below, `messages`, `prompt`, `stop`, `logit_bias`,
                `stream_options.include_usage`, those of `serve.tools`, `service_tier` (an order among requests of one
                owner); and, beyond OpenAI: `top_k`, `min_p`, `repetition_penalty`
-    ignored    IGNORED: they cannot change the answer
+    ignored    those of `Ignored`: they cannot change the answer; their types are checked
     refused    REFUSED: unless the value asks for nothing, such as null or `modalities: ["text"]`
     unknown    everything else
 """
 
-from dataclasses import dataclass
-from typing import Any
+import json
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,17 +30,23 @@ from tuneloom.serve.body import json_type
 from tuneloom.serve.messages import read_messages
 from tuneloom.serve.tools import read_response_format, read_tool_choice, read_tools
 
-IGNORED = frozenset(
-    {
-        "metadata",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "store",
-        "user",
-    }
-)
+
+class Ignored(BaseModel):
+    """What is said beside a request, in OpenAI's types and limits."""
+
+    model_config = ConfigDict(strict=True)
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=16
+    )
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+
+
+IGNORED = frozenset(Ignored.model_fields)
 
 # Field -> the values that ask for nothing, besides null.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -69,7 +76,11 @@ TOKEN_ID_LIMIT = 1 << 31
 
 @dataclass(frozen=True)
 class Call:
-    """A parsed request: what to compute and how to answer. Choice `p * n + i` is sample `i` of prompt `p`."""
+    """A parsed request: what to compute and how to answer. Choice `p * n + i` is sample `i` of prompt `p`.
+
+    `num_best`: so many samples of each prompt are the answer, the likeliest by token; None: all.
+    `shows_logprobs`: they were asked for, and are not only computed to find the best.
+    """
 
     model: str
     prompts: tuple[Prompt, ...]
@@ -79,6 +90,8 @@ class Call:
     echo: bool = False
     response_format: ResponseFormat | None = None
     priority: int = 0
+    num_best: int | None = None
+    shows_logprobs: bool = True
 
     @property
     def num_choices(self) -> int:
@@ -93,14 +106,13 @@ class Sampling(BaseModel):
     stream: bool | None = None
     n: int | None = Field(None, ge=1, le=MAX_N)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=TOKEN_ID_LIMIT)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    # Choice `i` uses `seed + i`, which must stay a 64-bit number too.
-    seed: int | None = Field(None, ge=-(1 << 63), lt=(1 << 63) - MAX_N)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     max_tokens: int | None = Field(None, ge=1, lt=TOKEN_ID_LIMIT)
 
 
@@ -161,17 +173,21 @@ def parse_completion(body: dict[str, Any], model: str | None = None) -> Call:
     prompt, stop, bias = rest.pop("prompt"), rest.pop("stop", None), rest.pop("logit_bias", None)
     options, priority = rest.pop("stream_options", None), _read_tier(rest.pop("service_tier", None))
     fields = _validate(Completion, rest)
-    if fields.best_of is not None and fields.best_of != (fields.n or 1):
-        raise UnsupportedParameter("`best_of` other than `n` is not supported. Leave it out.", param="best_of")
+    num_best = _read_best_of(fields)
     if fields.echo and fields.logprobs is not None:
         raise UnsupportedParameter(
             "`echo` with `logprobs` is not supported: there are no log-probabilities of the prompt. Send one of them.",
             param="echo",
         )
     params = _params(fields, stop=stop, bias=bias, max_tokens=fields.max_tokens or 16, logprobs=fields.logprobs)
+    if num_best is not None:
+        params = replace(params, n=fields.best_of or 1, logprobs=params.logprobs or 0)
     prompts = _read_prompts(prompt)
     if len(prompts) * params.n > MAX_CHOICES:
-        raise InvalidRequest(f"{len(prompts)} prompts times `n` {params.n} is over {MAX_CHOICES} choices.", param="n")
+        name = "n" if num_best is None else "best_of"
+        raise InvalidRequest(
+            f"{len(prompts)} prompts times `{name}` {params.n} is over {MAX_CHOICES} choices.", param=name
+        )
     return Call(
         model=fields.model,
         prompts=prompts,
@@ -180,11 +196,29 @@ def parse_completion(body: dict[str, Any], model: str | None = None) -> Call:
         include_usage=_include_usage(options, fields.stream),
         echo=bool(fields.echo),
         priority=priority,
+        num_best=num_best,
+        shows_logprobs=fields.logprobs is not None,
     )
+
+
+def _read_best_of(fields: Completion) -> int | None:
+    """How many of `best_of` samples are wanted, None if that is all of them."""
+    n = fields.n or 1
+    if fields.best_of is None or fields.best_of == n:
+        return None
+    if fields.best_of < n:
+        raise InvalidRequest(f"`best_of` is {fields.best_of}, less than `n` {n}. Send at least `n`.", param="best_of")
+    if fields.stream:
+        raise InvalidRequest(
+            "`best_of` more than `n` cannot be streamed: the best are known at the end. Send `stream: false`.",
+            param="best_of",
+        )
+    return n
 
 
 def _known(body: dict[str, Any], model: str | None) -> dict[str, Any]:
     """The fields that have an effect; refuses those that ask for something we do not do."""
+    _validate(Ignored, {name: value for name, value in body.items() if name in IGNORED})
     rest = {}
     for name, value in body.items():
         if name in REFUSED:
@@ -202,22 +236,27 @@ def _validate(kind: type[Any], fields: dict[str, Any]) -> Any:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _explain(error, kind) from error
+        raise _explain(error) from error
 
 
-def _explain(error: ValidationError, kind: type[Sampling]) -> InvalidRequest:
+def _explain(error: ValidationError) -> InvalidRequest:
     # An unknown name first: it is often the misspelling of what else is wrong.
     problems = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     problem = problems[0]
-    name, value = str(problem["loc"][0]), problem["input"]
+    # A key that is wrong itself is no place.
+    place = problem["loc"][:1] if problem["loc"][-1] == "[key]" else problem["loc"]
+    name, value = ".".join(map(str, place)), problem["input"]
+    name = name[:80]
     if problem["type"] == "extra_forbidden":
-        return UnknownParameter(f"Unknown parameter: `{name[:80]}`.", param=name[:80])
+        return UnknownParameter(f"Unknown parameter: `{name}`.", param=name)
     if problem["type"] == "missing":
         return MissingParameter(f"Missing required parameter: `{name}`.", param=name)
     if problem["type"].endswith(("_type", "_from_float")):
         expected = problem["msg"].removeprefix("Input should be ")
         return InvalidType(f"Invalid type for `{name}`: expected {expected}, got {json_type(value)}.", param=name)
-    return InvalidRequest(f"Invalid `{name}`: {str(value)[:80]}. {problem['msg']}.", param=name)
+    return InvalidRequest(
+        f"Invalid `{name}`: {json.dumps(value, ensure_ascii=False)[:80]}. {problem['msg']}.", param=name
+    )
 
 
 def _params(fields: Sampling, *, stop: Any, bias: Any, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
@@ -350,7 +389,8 @@ def _token_prompt(ids: list[Any], param: str) -> TokenPrompt:
     for index, token in enumerate(ids):
         if not _is_token(token):
             where = f"{param}[{index}]"
-            raise InvalidType(f"Invalid `{where}`: expected a token id, got {json_type(token)}.", param=where)
+            what = token if isinstance(token, int) and not isinstance(token, bool) else json_type(token)
+            raise InvalidType(f"Invalid `{where}`: expected a token id, got {what}.", param=where)
     return TokenPrompt(tuple(ids))
 
 

@@ -23,8 +23,15 @@ class ClientGone(Exception):
     """The client closed the connection; nobody reads an answer."""
 
 
+# Ends of lines to `str.splitlines`, by which many a reader takes a stream apart, though not to JSON nor to SSE.
+_LINE_ENDS = "\x85\u2028\u2029"
+
+
 def event(data: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    for char in _LINE_ENDS:
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return f"data: {text}\n\n".encode()
 
 
 async def guarded(
