@@ -76,10 +76,11 @@ async def test_a_refusal_says_limit_used_requested_and_when(opened: Open) -> Non
 
     error = refused.json()["error"]
     assert (error["type"], error["code"], error["param"]) == ("requests", "rate_limit_exceeded", None)
-    for part in ("owner `ada`", "requests per minute", "Limit 1", "Used 1", "Requested 1", "Try again in 1m"):
+    for part in ("owner `ada`", "requests per minute", "Limit 1", "Used 1", "Requested 1", "Try again in "):
         assert part in error["message"]
-    assert 60_000 < int(refused.headers["retry-after-ms"]) <= 120_000
-    assert 60 < int(refused.headers["retry-after"]) <= 120
+    # A minute later there is room again, and a client of OpenAI's waits no longer than that.
+    assert 0 < int(refused.headers["retry-after-ms"]) <= 60_000
+    assert 0 < int(refused.headers["retry-after"]) <= 60
     assert "x-should-retry" not in refused.headers
 
 

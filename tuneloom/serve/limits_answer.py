@@ -15,6 +15,7 @@ HEADERS = tuple(
 )
 # When a place becomes free is not known.
 PLACE_RETRY_S = 1.0
+CLIENT_WAIT_S = 60.0
 
 
 def headers_of(charges: Sequence[Charge], taken: Taken) -> dict[str, str]:
@@ -53,13 +54,18 @@ def refusal(charges: Sequence[Charge], places: Sequence[Place], taken: Taken) ->
         )
     # Between the decision and this line nothing has passed, but sums are rounded.
     wait_ms = max(wait_ms, 1)
-    used = math.ceil(level.count(charge.size_ms))
+    used = level.count(charge.size_ms)
     error = TokensLimited if charge.kind == "tokens" else RateLimited
     return error(
         f"Rate limit reached for {charge.whose} on {_unit(charge)}: Limit {charge.limit}, Used {used}, Requested "
         f"{charge.cost}. Try again in {duration(wait_ms)}.",
-        retry_after_s=wait_ms / 1000,
+        retry_after_s=_retry_after_s(wait_ms / 1000),
     )
+
+
+def _retry_after_s(wait_s: float) -> float:
+    """OpenAI's clients wait up to a minute, and if told of more they soon give up: so they come twice."""
+    return min(wait_s, CLIENT_WAIT_S) if wait_s <= 2 * CLIENT_WAIT_S else wait_s
 
 
 def duration(milliseconds: float) -> str:

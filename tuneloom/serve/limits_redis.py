@@ -87,7 +87,7 @@ for i = 1, windows do
     elseif age >= size then
         start, before, used = start + size, used, 0
     end
-    if cost > 0 and used + before * (size - (now - start)) / size + cost > limit then
+    if cost > 0 and used + math.floor(before * (size - (now - start)) / size) + cost > limit then
         admitted = 0
     end
     reply[3 * i], reply[3 * i + 1], reply[3 * i + 2], spots[i] = start, before, used, spot

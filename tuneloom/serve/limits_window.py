@@ -1,11 +1,10 @@
 """The arithmetic of limits: a window that slides, what is left in it and when there is room again. No storage, no time.
 
 A window counts as `limits`' sliding window counter does: what was used in this span, and of the span before the share
-that a window ending now still covers. Times are milliseconds of whoever counts.
+that a window ending now still covers, rounded down. Times are milliseconds of whoever counts.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -68,12 +67,12 @@ class Level(NamedTuple):
             return Level(self.start_ms + size_ms, self.used, 0, self.now_ms)
         return self
 
-    def count(self, size_ms: int) -> float:
+    def count(self, size_ms: int) -> int:
         """What counts against the limit now."""
-        return self.used + self.before * (size_ms - (self.now_ms - self.start_ms)) / size_ms
+        return self.used + self.before * (size_ms - (self.now_ms - self.start_ms)) // size_ms
 
     def remaining(self, charge: Charge) -> int:
-        return max(0, math.floor(charge.limit - self.count(charge.size_ms)))
+        return max(0, charge.limit - self.count(charge.size_ms))
 
     def wait_ms(self, charge: Charge) -> int | None:
         """When `charge` fits, if nobody else takes anything: 0 is now, None never."""
@@ -84,14 +83,20 @@ class Level(NamedTuple):
         if self.count(size_ms) <= free:
             return 0
         if self.used <= free:
-            return max(1, math.ceil(size_ms * (1 - (free - self.used) / self.before) - age_ms))
-        return max(1, math.ceil(size_ms - age_ms + size_ms * (1 - free / self.used)))
+            return _age_of(self.before, free - self.used, size_ms) - age_ms
+        return size_ms - age_ms + _age_of(self.used, free, size_ms)
 
     def reset_ms(self, size_ms: int) -> int:
         """When it is empty again, if nobody takes anything."""
+        age_ms = self.now_ms - self.start_ms
         if self.used:
-            return 2 * size_ms - (self.now_ms - self.start_ms)
-        return size_ms - (self.now_ms - self.start_ms) if self.before else 0
+            return size_ms - age_ms + _age_of(self.used, 0, size_ms)
+        return _age_of(self.before, 0, size_ms) - age_ms if self.count(size_ms) else 0
+
+
+def _age_of(before: int, left: int, size_ms: int) -> int:
+    """How old a span is when of the one before, in which more than `left` was used, no more than that counts."""
+    return size_ms * (before - left - 1) // before + 1
 
 
 @dataclass(frozen=True)
