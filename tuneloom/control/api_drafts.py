@@ -255,3 +255,8 @@ def _check_length(length: Length) -> None:
             raise InvalidRequest(
                 f"Invalid `length`: `min_{kind}` {low} is above `max_{kind}` {high}.", param=f"length.min_{kind}"
             )
+    words, chars = length.min_words, length.max_chars
+    if words is not None and chars is not None and 2 * words - 1 > chars:
+        raise InvalidRequest(
+            f"Invalid `length`: `min_words` {words} do not fit into `max_chars` {chars}.", param="length.min_words"
+        )

@@ -53,6 +53,7 @@ def test_without_a_provider_the_setting_is_named(api: Api):
         ({"description": "\u3000\t"}, "description", "it is blank"),
         ({"language": "klingon"}, "language", "ISO 639-1"),
         ({"length": {"min_chars": 9, "max_chars": 5}}, "length.min_chars", "above `max_chars` 5"),
+        ({"length": {"min_words": 9, "max_chars": 16}}, "length.min_words", "do not fit into `max_chars` 16"),
         ({"length": {"min_lines": 9}}, "length.min_lines", ""),
         ({"similarity": 0.5}, "similarity", ""),
         ({"provider": "other"}, "provider", "Use `test`"),
