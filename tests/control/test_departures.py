@@ -85,6 +85,8 @@ def test_everything_of_an_owner_goes_and_nothing_of_others(api: Api, ada: Person
     theirs, blobs = held(store, "bob"), blobs_of(store, "bob")
     assert ada.call("DELETE", json={"confirm": "ada"}).status_code == 202
     asked_at = store.records.departures.query()[0].value.requested_at
+    # Keys do not wait for a round.
+    assert [key.value.owner for key in store.records.keys.query()] == ["bob"]
 
     departures.carry_on(store, asked_at + 1)
     # What is made meanwhile goes too, until every request has had its time.

@@ -24,6 +24,20 @@ def test_keys_do_not_look_like_tokens_of_people() -> None:
     assert not looks_like_jwt("sk-eyJ.a.b")
 
 
+async def test_two_keys_in_one_request_are_none(service: Service) -> None:
+    one, other = (f"Bearer {service.key(owner)}" for owner in ("ada", "bob"))
+    async with service.http() as client:
+        refused = await client.get("/v1/models", headers=[("authorization", one), ("authorization", other)])
+        twice = await client.get("/v1/models", headers=[("authorization", one), ("authorization", one)])
+    assert (refused.status_code, twice.status_code) == (400, 200)
+    assert "Authorization" in refused.json()["error"]["message"]
+
+
+async def test_a_refusal_names_the_scheme_as_http_asks_for(service: Service) -> None:
+    async with service.http("sk-wrong") as client:
+        assert (await client.get("/v1/models")).headers["www-authenticate"] == "Bearer"
+
+
 async def test_only_urls_of_the_api_need_a_caller(service: Service) -> None:
     async with service.http() as client:
         assert (await client.get("/healthz")).status_code == 200

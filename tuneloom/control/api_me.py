@@ -50,6 +50,8 @@ class MeApi:
                 param="confirm",
             )
         departure = await in_thread(departures.ask, self._records, principal.owner, audit.actor_of(request))
+        for id in await in_thread(departures.end_keys, self._context.store, principal.owner):
+            self._context.forget_key(id)
         self._context.poke()
         return JSONResponse(
             {

@@ -8,7 +8,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tuneloom.domain import Principal
-from tuneloom.errors import Unauthenticated
+from tuneloom.errors import InvalidRequest, Unauthenticated
 from tuneloom.serve.keys import Keys
 from tuneloom.serve.standing import Standing
 
@@ -40,6 +40,9 @@ class Authentication:
             await self._app(scope, receive, send)
             return
         headers = HTTPConnection(scope).headers
+        if len(set(headers.getlist("authorization"))) > 1:
+            # Which of them a proxy before us has looked at, nobody knows.
+            raise InvalidRequest("There are two headers `Authorization`. Send one.")
         token = read_bearer(headers.get("authorization"))
         scope.setdefault("state", {})["principal"] = await self._caller(token, headers)
         ask = functools.partial(self._caller, token, headers)

@@ -71,6 +71,8 @@ def error_response(error: TuneloomError) -> JSONResponse:
     headers = {}
     if error.should_retry is not None:
         headers["x-should-retry"] = str(error.should_retry).lower()
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     retry_after_s = error.retry_after_s
     if retry_after_s is None and isinstance(error, Overloaded):
         retry_after_s = 1.0
