@@ -141,6 +141,9 @@ def test_an_edit_that_is_sent_again_makes_one_file(api: Api):
         ([{"op": "delete", "rows": [1, 2, 3, 4, 5]}], "operations", "No row is left"),
         ([], "operations", ""),
         ([{"op": "sort"}], "operations.0", ""),
+        ([{"op": "replace", "row": 0, "data": ROWS[0]}], "operations.0.row", "Invalid `operations.0.row`: "),
+        ([{"op": "delete", "rows": [1, "2"]}], "operations.0.rows.1", "a valid integer"),
+        ([{"op": "replace", "data": ROWS[0]}], "operations.0.row", "Missing required parameter: `operations.0.row`"),
     ],
 )
 def test_a_wrong_edit_is_refused_and_leaves_nothing(api: Api, operations: list[Any], param: str, said: str):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
@@ -27,6 +28,7 @@ MAX_PAGE = 1000
 PAGE_BYTES = 4 << 20
 MAX_OPERATIONS = 1000
 MAX_PROBLEMS_SHOWN = 20
+_KIND = re.compile(r"(operations\.\d+)\.(?:replace|delete|insert|append)\b")
 MEDIA_TYPES = {"jsonl": "application/jsonl", "json": "application/json", "csv": "text/csv; charset=utf-8"}
 
 RowNumber = Annotated[int, Field(ge=1)]
@@ -103,7 +105,7 @@ class RowsApi(FileRoutes):
         return JSONResponse(await in_thread(self._edit, request, owner, raw))
 
     def _edit(self, request: Request, owner: str, raw: bytes) -> dict[str, Any]:
-        body = parse(EditFile, raw)
+        body = _read_edit(raw)
         base = get_rows_file(self._store, owner, request.path_params["id"], "id")
         name = str(PurePosixPath(base.filename).with_suffix(".jsonl"))
         filename = files.clean_filename(name if body.filename is None else body.filename)
@@ -238,6 +240,15 @@ def get_rows_file(store: Store, owner: str, id: str, param: str) -> File:
             param=param,
         )
     return found.value
+
+
+def _read_edit(raw: bytes) -> EditFile:
+    try:
+        return parse(EditFile, raw)
+    except InvalidRequest as error:
+        # Pydantic puts the kind of an operation between its number and the field.
+        error.message, error.param = (_KIND.sub(r"\1", text) if text else text for text in (error.message, error.param))
+        raise
 
 
 def _show_row(seen: SeenRow) -> str:
