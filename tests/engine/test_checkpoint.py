@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import OpenCore, ref_of, request
 from tests.engine.models import COMMON, make_model
@@ -136,6 +137,47 @@ def test_a_folder_that_is_no_base_is_refused_with_the_reason(
         (tmp_path / name).write_text(text)
     with pytest.raises(InvalidRequest, match=reason):
         open_core(tmp_path)
+
+
+UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({UP: None, NORM: None}, f"`{UP}` is missing, `{NORM}` is missing. Add the whole"),
+        ({UP: torch.zeros(90, 64)}, r"up_proj.weight` is \[90, 64\], not \[96, 64\]"),
+        ({"lm_head.weight": None}, "`lm_head.weight` is missing"),
+        ({UP: torch.full((96, 64), torch.nan)}, "no finite scores"),
+        ({UP: torch.zeros(96, 64, dtype=torch.float8_e4m3fn)}, "stores `model.*` as F8_E4M3"),
+    ],
+)
+def test_weights_that_do_not_make_up_the_base_are_refused_by_name(
+    open_core: OpenCore, tmp_path: Path, change: dict[str, torch.Tensor | None], reason: str
+):
+    """transformers itself fills in random numbers for those that are missing."""
+    base = make_model(tmp_path / "base", "llama", {**COMMON, "tie_word_embeddings": False})
+    tensors = {**load_file(base / "model.safetensors"), **change}
+    save_file({name: t for name, t in tensors.items() if t is not None}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidRequest, match=reason):
+        open_core(base)
+
+
+def test_weights_that_were_cut_short_are_refused(open_core: OpenCore, tmp_path: Path):
+    base = make_model(tmp_path / "base", "llama", COMMON)
+    with (base / "model.safetensors").open("r+b") as file:
+        file.truncate((base / "model.safetensors").stat().st_size - 4)
+    with pytest.raises(InvalidRequest, match="cannot be loaded"):
+        open_core(base)
+
+
+def test_a_tied_head_need_not_be_in_the_files(open_core: OpenCore, tmp_path: Path, tiny_prompts):
+    base = make_model(tmp_path / "base", "llama", {**COMMON, "tie_word_embeddings": True})
+    assert "lm_head.weight" not in load_file(base / "model.safetensors")
+    engine = open_core(base)
+    engine.core.add(request("r", tiny_prompts[0]))
+    engine.run()
+    assert not engine.errors
 
 
 def test_fp16_weights_become_bf16(tmp_path: Path):

@@ -204,6 +204,16 @@ def test_the_shape_of_a_base_comes_from_its_config():
     assert (KVShape.of(config, torch.float32).num_groups, KVShape.of(config, torch.float32).width) == (8, 8)
 
 
+def test_where_layers_differ_the_largest_counts():
+    from transformers import LlamaConfig
+
+    layers = {0: {"head_dim": 24}, 1: {"num_key_value_heads": 4}}
+    config = LlamaConfig(num_hidden_layers=3, num_attention_heads=8, hidden_size=64, head_dim=8, num_key_value_heads=2)
+    config.per_layer_config = layers
+    shape = KVShape.of(config, torch.bfloat16)
+    assert (shape.num_layers, shape.num_groups, shape.width) == (3, 4, 24)
+
+
 def test_tokens_come_out_of_one_budget_and_go_back_to_it():
     cache = DenseCache(SHAPE, 3, 16, CPU, token_budget=20)
     assert (cache.acquire(8), cache.acquire(8), cache.acquire(8)) == (0, 1, None)

@@ -4,6 +4,7 @@ Checkpoints are safetensors on local disk in the form of Hugging Face; no code o
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tuneloom.domain import DEFAULT_CONTEXT_LENGTH
-from tuneloom.engine.kv_cache import KVShape
+from tuneloom.engine.kv_cache import KVShape, layer_configs
 from tuneloom.engine.lora import linear_groups
 from tuneloom.engine.memory import BaseSizes
 from tuneloom.errors import InvalidRequest
@@ -106,6 +107,8 @@ class Checkpoint:
             return f"{name} carries a recurrent state from token to token"
         if kinds:
             return f"{name} has layers of kind {', '.join(sorted(kinds))}"
+        if config.is_heterogeneous:
+            return f"{name} has layers that differ in {', '.join(sorted(config.per_layer_attributes))}"
         if not self.skeleton._supports_attention_backend:
             return f"{name} does not let its attention be replaced"
         for field, what in _FOREIGN_ATTENTION.items():
@@ -128,10 +131,10 @@ class Checkpoint:
         else:
             groups = [[module] for module in body.modules() if isinstance(module, nn.Linear)]
         layers = [linear for linears in groups for linear in linears]
-        hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 0
+        hidden = config.hidden_size
         widest = max((linear.out_features for linear in layers), default=hidden)
-        kv_bytes = KVShape.of(config, dtype).bytes_per_token if heads else 0
-        repeats = heads // (getattr(config, "num_key_value_heads", None) or heads) if heads else 0
+        repeats = max(_repeats(each) for each in layer_configs(config))
+        kv_bytes = KVShape.of(config, dtype).bytes_per_token if repeats else 0
         return BaseSizes(
             weight_bytes=self._weight_bytes(layers, item, quantization, copies_head),
             rank_bytes=sum(_rank_width(linears, stacks_blocks) for linears in groups) * item,
@@ -140,7 +143,7 @@ class Checkpoint:
             # Residual stream, norm, attention in and out, and what the widest layer reads and writes, twice in fp32.
             step_token_bytes=item * 6 * hidden + 8 * widest,
             seen_token_bytes=item * repeats,
-            state_bytes=0 if is_batched else _state_bytes(config, item),
+            state_bytes=0 if is_batched else max(_state_bytes(each, item) for each in layer_configs(config)),
         )
 
     def _weight_bytes(self, layers: list[nn.Linear], item: int, quantization: str, copies_head: bool) -> int:
@@ -176,10 +179,12 @@ def _read_header(path: Path) -> Iterator[TensorHeader]:
         raise InvalidRequest(f"The base has no readable weights in `{path.name}`: {error}") from error
     for name, entry in header.items():
         if name != "__metadata__":
-            count = 1
-            for size in entry["shape"]:
-                count *= size
-            yield TensorHeader(entry["dtype"], count)
+            if entry["dtype"] not in _ITEM_BYTES:
+                raise InvalidRequest(
+                    f"The base stores `{name}` as {entry['dtype']}, without saying how that is quantised. "
+                    "Use its plain weights, or those of bitsandbytes."
+                )
+            yield TensorHeader(entry["dtype"], math.prod(entry["shape"]))
 
 
 def _stored_quantization(folder: Path, config: dict[str, Any]) -> str:
@@ -194,6 +199,12 @@ def _stored_quantization(folder: Path, config: dict[str, Any]) -> str:
     raise InvalidRequest(
         f"The base in {folder.name} is quantised by `{method}`. Use its plain weights, or those of bitsandbytes."
     )
+
+
+def _repeats(config: Any) -> int:
+    """Heads that share keys; 0 without attention."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    return heads // (getattr(config, "num_key_value_heads", None) or heads) if heads else 0
 
 
 def _rank_width(linears: list[nn.Linear], stacks_blocks: bool) -> int:

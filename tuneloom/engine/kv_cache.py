@@ -93,10 +93,12 @@ class KVShape:
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype) -> "KVShape":
-        """That of a Hugging Face text config, whose optional fields default as the models themselves do it."""
-        heads = config.num_attention_heads
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        """That of a Hugging Face text config, whose optional fields default as the models themselves do it.
+
+        Where layers differ, the largest counts.
+        """
+        shapes = [_heads_of(layer) for layer in layer_configs(config)]
+        groups, width = (max(sizes) for sizes in zip(*shapes, strict=True))
         return cls(config.num_hidden_layers, groups, width, dtype)
 
     @property
@@ -111,6 +113,18 @@ class KVShape:
                     f"a layer has keys and values of {each.shape[0]} x {each.shape[2]} numbers a token, "
                     f"its config says {self.num_groups} x {self.width}"
                 )
+
+
+def layer_configs(config: Any) -> Sequence[Any]:
+    """The configs of the layers that differ; one that stands for all where none does."""
+    return config.per_layer_config if config.is_heterogeneous else [config]
+
+
+def _heads_of(config: Any) -> tuple[int, int]:
+    """Heads of keys, and their width."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return groups, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 class KVCache(Protocol):

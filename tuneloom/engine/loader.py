@@ -5,10 +5,12 @@ Checkpoints are safetensors on local disk; no code of a base is run.
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -57,16 +59,20 @@ def load_model(
         # Straight to the device, where they are quantised too; the host never holds all of it.
         options["device_map"] = {"": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            # Reported below, by name.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidRequest(f"The base in {checkpoint.folder.name} cannot be loaded: {error}") from error
+    _check_whole(checkpoint.folder.name, report["missing_keys"], report["mismatched_keys"])
     model = model.eval().requires_grad_(False)
     num_quantised = prepare_quantised(model, dtype)
     body = model.get_decoder()
@@ -85,6 +91,18 @@ def load_model(
         num_quantised,
         trial_tolerance=0.1 if is_int8 else _TRIAL_TOLERANCE[dtype],
     )
+
+
+def _check_whole(base: str, missing: set[str], mismatched: set[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """What the files lack, transformers fills with random numbers."""
+    faults = [f"`{name}` is missing" for name in sorted(missing)]
+    faults += [f"`{name}` is {list(found)}, not {list(wanted)}" for name, found, wanted in sorted(mismatched)]
+    if faults:
+        more = f", and {len(faults) - 3} more are missing or do not fit" if len(faults) > 3 else ""
+        raise InvalidRequest(
+            f"The weights of the base in {base} do not make up what its `config.json` describes: "
+            f"{', '.join(faults[:3])}{more}. Add the whole checkpoint."
+        )
 
 
 def pick_device() -> torch.device:
