@@ -1,4 +1,6 @@
+import errno
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -82,3 +84,34 @@ def test_a_dropped_adapter_is_fetched_again_when_it_is_asked_for(
     cache.drop("0" * 64)
     assert not folder.exists() and cache.stats().size_bytes == 0
     assert cache.fetch(refs[0]) == folder
+
+
+class FullDisk:
+    """Blobs of a machine whose disk has room for `room` adapters."""
+
+    def __init__(self, blobs: Blobs, folder: Path, room: int) -> None:
+        self._blobs, self._folder, self._room = blobs, folder, room
+
+    def open(self, key: str) -> BinaryIO:
+        if len(list(self._folder.glob("?" * 64))) >= self._room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._blobs.open(key)
+
+
+def test_a_disk_that_is_full_before_its_limit_gives_up_what_is_unused(
+    blobs: Blobs, refs: list[AdapterRef], tmp_path: Path
+) -> None:
+    now, folder = 1e9, tmp_path / "cache"
+    cache = DiskCache(FullDisk(blobs, folder, room=2), folder, 1 << 40, now=lambda: now)
+    for ref in (refs[0], refs[1]):
+        now += 2 * READ_S
+        cache.fetch(ref)
+    now += READ_S / 2
+    assert cache.fetch(refs[2]).is_dir()
+    assert {path.name for path in folder.glob("?" * 64)} == {refs[1].sha256, refs[2].sha256}
+    with pytest.raises(OSError, match="No space left"):
+        cache.fetch(refs[3])
+    assert not list((folder / "drafts").iterdir()), "nothing half-written stays"
+    assert all(cache.fetch(ref).is_dir() for ref in refs[1:3]), "what may be in use stays"
+    now += 2 * READ_S
+    assert cache.fetch(refs[3]).is_dir()

@@ -1,6 +1,8 @@
 """Adapters on the local disk, within a limit: the tier between the blob store and the engines of this machine."""
 
 import contextlib
+import errno
+import logging
 import os
 import shutil
 import threading
@@ -14,6 +16,9 @@ from tuneloom.engine.base import TierStats
 from tuneloom.store.artifacts import fetch_adapter
 from tuneloom.store.base import Blobs
 
+logger = logging.getLogger(__name__)
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # A folder that was asked for this lately may still be read, here or by another process over the same disk.
 READ_S = 60.0
 # How often the folder itself is looked through; between that, what other processes put there is not known.
@@ -43,11 +48,14 @@ class DiskCache:
         self._fill_s = 0.0
 
     def fetch(self, ref: AdapterRef) -> Path:
-        """The local folder of an adapter, as `fetch_adapter` makes it. May block."""
+        """The local folder of an adapter, as `fetch_adapter` makes it. May block.
+
+        Where the disk itself has no room for it, unused ones go.
+        """
         is_hit = (self._folder / ref.sha256).is_dir()
         started = time.monotonic()
         try:
-            folder = fetch_adapter(self._blobs, ref, self._folder)
+            folder = self._fetch(ref)
             os.utime(folder, (self._now(), self._now()))
         except BaseException:
             with self._lock:
@@ -64,7 +72,7 @@ class DiskCache:
             if self._scanned_at is None or self._now() - self._scanned_at >= SCAN_S:
                 self._scan()
             self._put(ref.sha256, _size(folder))
-            self._shrink()
+            self._shrink(self._limit_bytes)
         return folder
 
     def drop(self, sha256: str) -> None:
@@ -89,6 +97,20 @@ class DiskCache:
                 fill_s=self._fill_s,
             )
 
+    def _fetch(self, ref: AdapterRef) -> Path:
+        try:
+            return fetch_adapter(self._blobs, ref, self._folder)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            logger.warning("the disk is full below the limit of the adapters on it: %s", self._folder)
+            with self._lock:
+                self._scan()
+                has_freed = self._shrink(self._used_bytes - ref.size_bytes)
+            if not has_freed:
+                raise
+        return fetch_adapter(self._blobs, ref, self._folder)
+
     def _scan(self) -> None:
         """Learn what is there."""
         self._scanned_at = self._now()
@@ -102,9 +124,10 @@ class DiskCache:
         self._sizes[sha256] = size_bytes
         self._sizes.move_to_end(sha256)
 
-    def _shrink(self) -> None:
-        num_passed = 0
-        while self._used_bytes > self._limit_bytes and num_passed < min(_MOST_PASSED, len(self._sizes)):
+    def _shrink(self, limit_bytes: int) -> bool:
+        """Remove unused adapters down to a limit; whether there were any to remove."""
+        num_passed = num_removed = 0
+        while self._used_bytes > limit_bytes and num_passed < min(_MOST_PASSED, len(self._sizes)):
             oldest = next(iter(self._sizes))
             # The disk knows better than we do: another process may have used it since.
             if _used_at(self._folder / oldest) > self._now() - READ_S:
@@ -112,7 +135,9 @@ class DiskCache:
                 num_passed += 1
                 continue
             self._evictions += 1
+            num_removed += 1
             self._remove(oldest)
+        return num_removed > 0
 
     def _remove(self, sha256: str) -> None:
         self._used_bytes -= self._sizes.pop(sha256, 0)
