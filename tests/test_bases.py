@@ -48,6 +48,31 @@ def test_linear_shapes_are_those_of_the_layers_and_nothing_else(tiny_base: Path,
     assert shapes["model.layers.1.mlp.down_proj"] == (64, 128)
 
 
+def test_layers_of_4_bits_have_the_shapes_of_their_plain_form(tiny_base: Path, tmp_path: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tuneloom.engine.quantised import quantization_config
+
+    config = quantization_config("nf4", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=config, device_map={"": "cpu"})
+    shutil.copytree(tiny_base, tmp_path / "packed", ignore=shutil.ignore_patterns("model.safetensors"))
+    model.save_pretrained(tmp_path / "packed")
+    plain, packed = (bases.add_folder(tmp_path, path, path.name) for path in (tiny_base, tmp_path / "packed"))
+    assert bases.linear_shapes(packed) == bases.linear_shapes(plain)
+    assert packed.sha256 != plain.sha256
+
+
+def test_of_a_base_that_also_sees_the_language_model_can_be_adapted(source: Path, tmp_path: Path):
+    from safetensors.numpy import save_file
+
+    layer = "layers.0.self_attn.q_proj"
+    files = [f"language_model.model.{layer}.weight", f"vision_tower.vision_model.encoder.{layer}.weight"]
+    save_file({name: np.zeros((3, 2), np.float32) for name in files}, source / "model.safetensors")
+    shapes = bases.linear_shapes(bases.add_folder(tmp_path, source, "seeing"))
+    assert shapes == {f"model.language_model.{layer}": (3, 2)}, "as peft names it"
+
+
 def test_an_unknown_base_is_not_found_also_when_its_slug_is_taken(tiny_base: Path, tmp_path: Path):
     bases.add_folder(tmp_path, tiny_base, "tiny/llama")
     for name in ("other", "tiny-llama", "../tiny/llama"):
@@ -93,6 +118,11 @@ def _spoil_json(folder: Path, name: str, **fields: object) -> None:
     (folder / name).write_text(json.dumps({**data, **fields}))
 
 
+def _spoil_header(path: Path) -> None:
+    header = b'{"x": {"dtype": "F32", "data_offsets": [0, 4]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -110,6 +140,10 @@ def _spoil_json(folder: Path, name: str, **fields: object) -> None:
             ),
             "lacks `b.safetensors`",
         ),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "no `weight_map`"),
+        (lambda folder: _spoil_json(folder, "config.json", max_position_embeddings="2k"), "no number of tokens: 2k"),
+        (lambda folder: _spoil_json(folder, "config.json", vocab_size=None, text_config="x"), "no `vocab_size`"),
+        (lambda folder: _spoil_header(folder / "model.safetensors"), "header is damaged"),
     ],
 )
 def test_a_folder_that_is_no_sound_checkpoint_is_refused_and_leaves_nothing(spoil, message, source, tmp_path):

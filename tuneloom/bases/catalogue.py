@@ -13,6 +13,8 @@ from tuneloom.errors import InvalidRequest, ModelNotFound
 MANIFEST = "tuneloom.json"
 MAX_HEADER_BYTES = 100 << 20
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
+_PACKED = re.compile(r"(?P<module>.+)\.weight\.quant_state\.bitsandbytes__\w+")
+_LANGUAGE = "language_model."
 
 
 class Manifest(BaseModel):
@@ -93,15 +95,37 @@ def read_manifest(folder: Path) -> Manifest | None:
 def linear_shapes(base: Base) -> dict[str, tuple[int, int]]:
     """(out, in) of each linear layer that an adapter may change, by module name; embeddings and head are not.
 
+    Of a base that also sees or hears, the layers of its language model.
+
     Example: `model.layers.0.self_attn.q_proj` -> (576, 576).
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    packed: dict[str, tuple[int, int]] = {}
     for file in sorted(base.path.glob("*.safetensors")):
         for name, entry in read_header(file).items():
-            if name.endswith(".weight") and _LAYER.search(name) and len(entry["shape"]) == 2:
+            if not _LAYER.search(name):
+                continue
+            if match := _PACKED.fullmatch(name):
+                packed[match["module"]] = _packed_shape(file, entry)
+            elif name.endswith(".weight") and len(entry["shape"]) == 2:
                 out_features, in_features = entry["shape"]
                 shapes[name.removesuffix(".weight")] = (out_features, in_features)
-    return shapes
+    shapes |= packed
+    of_text = {name: shape for name, shape in shapes.items() if _LANGUAGE in name}
+    # The files of some bases name their parts in another order than the modules are named.
+    return {re.sub(rf"^{_LANGUAGE}model\.", f"model.{_LANGUAGE}", n): shape for n, shape in (of_text or shapes).items()}
+
+
+def _packed_shape(file: Path, entry: dict) -> tuple[int, int]:
+    """The shape of a layer that bitsandbytes keeps in 4 bits: beside the weights, which are one long row, as JSON."""
+    with file.open("rb") as source:
+        begin, end = entry["data_offsets"]
+        source.seek(8 + int.from_bytes(source.read(8), "little") + begin)
+        try:
+            out_features, in_features = json.loads(source.read(end - begin))["shape"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidRequest(f"`{file.name}` does not tell the shapes of its 4-bit layers.") from error
+    return out_features, in_features
 
 
 def read_header(path: Path) -> dict[str, dict]:
@@ -119,6 +143,8 @@ def read_header(path: Path) -> dict[str, dict]:
             table = json.loads(file.read(length))
             table.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
+            if not all(isinstance(size, int) for entry in table.values() for size in entry["shape"]):
+                raise ValueError("a shape is none")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidRequest(f"`{path.name}` is not a safetensors file: its header is damaged.") from error
     if end != available - length:

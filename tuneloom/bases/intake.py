@@ -204,7 +204,7 @@ def _check_id(base_id: str) -> None:
 def _describe(folder: Path, base_id: str, source: str, license: str | None) -> Manifest:
     """Check that the files make a checkpoint that we can serve, and write down what they are."""
     config = _read_json(folder, "config.json")
-    text = config.get("text_config", config)
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         is_native = name == "config.json" and config.get("model_type") in _NATIVE_KINDS
         if not is_native and (folder / name).exists() and "auto_map" in _read_json(folder, name):
@@ -219,22 +219,35 @@ def _describe(folder: Path, base_id: str, source: str, license: str | None) -> M
     for path in weights:
         read_header(path)
     if (folder / "model.safetensors.index.json").exists():
-        index = _read_json(folder, "model.safetensors.index.json")
-        for name in sorted(set(index["weight_map"].values()) - {path.name for path in weights}):
-            raise InvalidRequest(f"The checkpoint lacks `{name}`, which its index names.")
-    if not isinstance(text.get("vocab_size"), int):
+        _check_index(_read_json(folder, "model.safetensors.index.json"), {path.name for path in weights})
+    if not _is_count(text.get("vocab_size")):
         raise InvalidRequest("`config.json` has no `vocab_size`: only text models are known here.")
+    length = text.get("max_position_embeddings") or DEFAULT_CONTEXT_LENGTH
+    if not _is_count(length):
+        raise InvalidRequest(f"`max_position_embeddings` in `config.json` is no number of tokens: {str(length)[:80]}.")
     files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     return Manifest(
         id=base_id,
         sha256=adapter_sha256({path.name: files[path.name] for path in weights}),
         files=files,
         size_bytes=sum(path.stat().st_size for path in weights),
-        context_length=text.get("max_position_embeddings") or DEFAULT_CONTEXT_LENGTH,
+        context_length=length,
         vocab_size=text["vocab_size"],
         license=license,
         source=source,
     )
+
+
+def _check_index(index: dict, present: set[str]) -> None:
+    parts = index.get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+        raise InvalidRequest("`model.safetensors.index.json` has no `weight_map` of names.")
+    for name in sorted(set(parts.values()) - present):
+        raise InvalidRequest(f"The checkpoint lacks `{name[:200]}`, which its index names.")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def _download(folder: Path, progress: Progress) -> Path:
