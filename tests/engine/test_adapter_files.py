@@ -105,9 +105,12 @@ def test_a_variant_that_is_switched_on_is_named_at_publish_and_at_load(
         {"alpha_pattern": {"k_proj": 1.5, "layers.1.mlp.gate_proj": 32}},
         {"use_rslora": True, "rank_pattern": {"v_proj": 6}, "alpha_pattern": {"v_proj": 5, "o_proj": 3}},
         {"targets": ("q_proj", "down_proj"), "layers_to_transform": [1], "layers_pattern": "layers"},
-        {"task_type": None},
+        {"task_type": None, "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 2}},
+        {"init_lora_weights": "eva"},
+        {"init_lora_weights": "mica"},
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*eva")  # PEFT asks for data that only training needs
 def test_factors_multiply_to_what_peft_adds_to_each_layer(
     tmp_path: Path, tiny_base: Path, shapes: dict[str, tuple[int, int]], settings: Any
 ):
@@ -174,6 +177,28 @@ def test_weights_that_are_no_floating_numbers_are_refused(
     save_file({"x": torch.zeros(4, dtype=torch.int64)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterRejected, match="I64"):
         read(tmp_path, shapes)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_numbers_that_are_not_finite_are_refused_at_publish_and_at_load(
+    tmp_path: Path, tiny_adapters: list[Path], shapes: dict[str, tuple[int, int]], kind: torch.dtype, value: str
+):
+    """One in the very last place; the largest finite number is fine."""
+    (tmp_path / "adapter_config.json").write_bytes((tiny_adapters[0] / "adapter_config.json").read_bytes())
+    tensors = {name: t.to(kind) for name, t in load_file(tiny_adapters[0] / "adapter_model.safetensors").items()}
+    name = f"{PREFIX}model.layers.1.self_attn.v_proj.lora_A.weight"
+    for number, is_fine in ((torch.finfo(kind).max, True), (float(value), False)):
+        tensors[name].view(-1)[-1] = number
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        if is_fine:
+            check_adapter(tmp_path, "tiny/llama", shapes, 64)
+            read(tmp_path, shapes)
+            continue
+        with pytest.raises(AdapterRejected, match=r"layers.1.self_attn.v_proj.* not finite"):
+            check_adapter(tmp_path, "tiny/llama", shapes, 64)
+        with pytest.raises(AdapterRejected, match=r"layers.1.self_attn.v_proj.* not finite"):
+            read(tmp_path, shapes)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])

@@ -42,12 +42,13 @@ _HARMLESS = frozenset(
 # What changes the result beyond scale * B A, but not under these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
+    # The others change the weights of the base too.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
 # PEFT writes one of these for each variant of LoRA that was not used.
 _UNUSED: tuple[Any, ...] = (None, False, {}, [], "")
 # PEFT reads the keys of a pattern as regular expressions; without quantifiers they cannot run away.
-_PATTERN_KEY = re.compile(r"[\w.^|]{1,300}")
+_PATTERN_KEY = re.compile(r"(?:[\w.^|]|\\\.){1,300}")
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,17 @@ def _convert(
     factors = {
         module: (a_RK.to(dtype), b_NR.to(dtype).t()) for module, a_RK, b_NR in zip(pairs, a_parts, scaled, strict=True)
     }
+    _check_finite(factors)
     rank = max(a_RK.shape[0] for a_RK in a_parts)
     return HostAdapter(rank, sum(a.nbytes + b.nbytes for a, b in factors.values()), factors)
+
+
+def _check_finite(factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    largest = torch._foreach_norm([factor for pair in factors.values() for factor in pair], torch.inf)
+    are_finite = torch.stack(largest).isfinite().view(-1, 2).all(1).tolist()
+    for module, is_finite in zip(factors, are_finite, strict=True):
+        if not is_finite:
+            raise AdapterRejected(f"`{module}` has weights that are not finite numbers. Train the adapter anew.")
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """An adapter folder as PEFT 0.21 saves it, read with distrust: which of them can be served exactly.
 
-Nothing is executed and no tensor is loaded. What an adapter would need beyond plain LoRA is refused by its name.
+Nothing is executed and no tensor is loaded. What an adapter would need beyond plain LoRA is refused by its name, and so
+are numbers that are not finite.
 """
 
 import json
@@ -29,7 +30,7 @@ _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 # PEFT reads the keys of a pattern as regular expressions, and these come from strangers: names, anchors and
 # alternatives cannot run away, repetition can.
-_PATTERN = re.compile(r"[A-Za-z0-9_.^|]{1,200}")
+_PATTERN = re.compile(r"(?:[A-Za-z0-9_.^|]|\\\.){1,200}")
 
 
 class AdapterConfig(BaseModel):
@@ -75,13 +76,20 @@ _HARMLESS = frozenset(
     }
 )
 # Most others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the weights of the base that they were trained on.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclass(frozen=True)
 class Tensor:
+    """`size_bytes` of numbers, which begin `begin` bytes behind the header of the file."""
+
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
 
 
 def check_adapter(folder: Path, base_id: str, shapes: Mapping[str, tuple[int, int]], max_rank: int) -> int:
@@ -103,6 +111,7 @@ def check_adapter(folder: Path, base_id: str, shapes: Mapping[str, tuple[int, in
     rank = max(a.shape[0] for a, _ in modules.values())
     if rank > max_rank:
         raise AdapterRejected(f"Rank {rank} is above the limit: {max_rank}. Train it again with a smaller rank.")
+    _check_finite(folder / WEIGHTS_FILE, tensors)
     return rank
 
 
@@ -153,12 +162,22 @@ def read_header(path: Path) -> dict[str, Tensor]:
     end = 0
     for begin, stop, name in sorted((*header[name]["data_offsets"], name) for name in header):
         tensor = tensors[name]
-        if begin != end or stop - begin != math.prod(tensor.shape) * _DTYPE_BYTES[tensor.dtype]:
+        if begin != end or stop - begin != tensor.size_bytes:
             raise AdapterRejected(f"The bytes of `{name[:200]}` in `{WEIGHTS_FILE}` are not where they should be.")
         end = stop
     if end != size - 8 - length:
         raise AdapterRejected(f"`{WEIGHTS_FILE}` has {size - 8 - length} bytes of weights, its header says {end}.")
     return tensors
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # NumPy is loaded by those who take adapters in, not by all who serve.
+    from tuneloom.store.peft_numbers import Span, find_not_finite
+
+    start = path.stat().st_size - sum(tensor.size_bytes for tensor in tensors.values())
+    spans = (Span(name, t.dtype, start + t.begin, start + t.begin + t.size_bytes) for name, t in tensors.items())
+    if name := find_not_finite(path, spans):
+        raise AdapterRejected(f"`{name}` holds numbers that are not finite: its training has diverged. Train it anew.")
 
 
 def _tensor(name: str, entry: Any) -> Tensor:
@@ -167,7 +186,7 @@ def _tensor(name: str, entry: Any) -> Tensor:
             if dtype not in _DTYPE_BYTES:
                 raise AdapterRejected(f"`{name[:200]}` is {dtype[:20]}. Save the adapter as F32, F16 or BF16.")
             if _are_counts(shape) and _are_counts((begin, stop)):
-                return Tensor(dtype, tuple(shape))
+                return Tensor(dtype, tuple(shape), begin)
     raise AdapterRejected(f"`{WEIGHTS_FILE}` describes `{name[:200]}` in a way that is not safetensors.")
 
 
@@ -210,8 +229,9 @@ def _check_keys(data: dict[str, Any]) -> None:
     start = data.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise AdapterRejected(
-            f"`init_lora_weights` is {json.dumps(start)[:100]}; served are adapters that began as `true`, `gaussian` "
-            "or `orthogonal`. Convert it to plain LoRA with PEFT's `path_initial_model_for_weight_conversion`."
+            f"`init_lora_weights` is {json.dumps(start)[:100]}; served are adapters that began as `true`, `gaussian`, "
+            "`orthogonal`, `eva` or `mica`, which leave the base as it is. Convert it to plain LoRA with PEFT's "
+            "`path_initial_model_for_weight_conversion`."
         )
 
 
