@@ -15,8 +15,8 @@ from tuneloom.engine.attention import StepAttention
 from tuneloom.engine.kernels import Kernels
 from tuneloom.engine.linear import Product
 from tuneloom.engine.runner import Runner
-from tuneloom.engine.scheduler import Work
 from tuneloom.engine.stacks import NativeStacks, TorchStacks
+from tuneloom.engine.work import Work
 
 PRODUCTS, ADAPTERS, ATTENTION, LOOPS = "products of the base", "adapters", "attention", "norms, angles, gates"
 REST = "the rest: Python and small operators"

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tests.engine.conftest import request
 from tuneloom.domain import AdapterRef
 from tuneloom.engine.sampler import SamplingState
-from tuneloom.engine.scheduler import LEAST_PREFILL, Limits, Outcome, Scheduler, Work
+from tuneloom.engine.scheduler import LEAST_PREFILL, Scheduler
 from tuneloom.engine.sequence import Sequence
+from tuneloom.engine.work import Limits, Outcome, Work
 from tuneloom.generation import SamplingParams
 
 

@@ -38,6 +38,14 @@ ONE_AT_A_TIME: dict[str, tuple[dict[str, Any], str]] = {
         },
         "kv_lora_rank",
     ),
+    "gemma4_text": (
+        {
+            **COMMON,
+            **{"head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "hidden_size_per_layer_input": 16},
+            **{"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 512},
+        },
+        "differ in head_dim",
+    ),
     "falcon": ({**COMMON, "alibi": True}, "does not let its attention be replaced"),
     "mamba2": (
         {**RECURRENT, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16, "initializer_range": 0.2},

@@ -25,9 +25,10 @@ from tuneloom.engine.matcher import Grammars
 from tuneloom.engine.options import EngineConfig
 from tuneloom.engine.prefix import PrefixCache
 from tuneloom.engine.sampler import SamplingState, sample
-from tuneloom.engine.scheduler import Limits, Outcome, Scheduler, Work
+from tuneloom.engine.scheduler import Scheduler
 from tuneloom.engine.scoring import score
 from tuneloom.engine.sequence import Sequence
+from tuneloom.engine.work import Limits, Outcome, Work
 from tuneloom.errors import AdapterRejected, ContextLengthExceeded, InvalidRequest, Overloaded, TuneloomError
 from tuneloom.generation import FinishReason
 

@@ -17,8 +17,8 @@ from tuneloom.engine.kv_cache import CacheBatch, Chunk, KVCache
 from tuneloom.engine.linear import PackedLinear
 from tuneloom.engine.loader import LoadedModel
 from tuneloom.engine.lora import LoraLayers, PackOptions
-from tuneloom.engine.scheduler import Work
 from tuneloom.engine.sequence import Sequence
+from tuneloom.engine.work import Work
 from tuneloom.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)

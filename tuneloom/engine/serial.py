@@ -15,7 +15,8 @@ from tuneloom.engine.blocks import BlockPool
 from tuneloom.engine.kv_cache import KVShape, Move
 from tuneloom.engine.loader import LoadedModel
 from tuneloom.engine.lora import HostAdapter
-from tuneloom.engine.scheduler import Work
+from tuneloom.engine.work import Work
+from tuneloom.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,8 @@ class SerialRunner:
         ids = [at * 7 % loaded.vocab_size for at in range(_TRIAL_TOKENS)]
         self.feeding: Feeding = "anew"
         expected = self._call(ids, 0).float()
+        if not expected.isfinite().all():
+            raise InvalidRequest("The base gives no finite scores: its weights are damaged. Add the checkpoint anew.")
         for feeding in _TRIAL_PIECES:
             self.feeding = feeding
             try:
