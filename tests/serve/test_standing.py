@@ -10,8 +10,8 @@ import httpx2
 import openai
 import pytest
 
-from tests.serve.conftest import BASE, PEPPER, Service, hello, make_service
-from tuneloom.config import BaseSettings, GatewaySettings, Settings
+from tests.serve.conftest import BASE, PEPPER, Service, eventually, hello, make_service
+from tuneloom.config import BaseSettings, GatewaySettings, LimitsSettings, Settings
 from tuneloom.control import keys
 from tuneloom.domain import Principal
 from tuneloom.errors import Overloaded, PermissionDenied, Unauthenticated
@@ -84,6 +84,28 @@ async def test_a_call_that_waits_is_refused_when_its_key_is_revoked(service: Ser
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     assert service.base.closed == 1
+
+
+async def test_requests_that_end_with_their_key_are_no_wrong_keys_of_their_address(
+    tmp_path: Path, store: Store
+) -> None:
+    settings = Settings(
+        home=tmp_path,
+        bases=(BaseSettings(id=BASE),),
+        gateway=GatewaySettings(key_cache_s=0.0),
+        limits=LimitsSettings(refused_per_minute=1),
+    )
+    service = make_service(settings, store)
+    key, body = service.key(), {"model": BASE, "messages": HI}
+    for _ in range(3):
+        service.base.play(60.0)
+    async with service.http(key) as http:
+        asking = [asyncio.create_task(http.post("/v1/chat/completions", json=body)) for _ in range(3)]
+        await eventually(lambda: len(service.base.requests) == 3)
+        revoke(service)
+        answers = await asyncio.wait_for(asyncio.gather(*asking), 30)
+
+    assert [answer.status_code for answer in answers] == [401] * 3
 
 
 async def test_the_end_of_another_key_ends_nothing(service: Service) -> None:
