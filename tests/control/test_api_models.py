@@ -7,7 +7,7 @@ import pytest
 from tests.control.conftest import BASE, assert_error
 from tests.control.test_models import add_version
 from tuneloom import bases
-from tuneloom.control import models
+from tuneloom.control import deletion
 from tuneloom.domain import Checkpoint
 
 OURS = "/v1/tuneloom/models"
@@ -26,7 +26,7 @@ def test_bases_aliases_and_all_names_of_the_owner_are_listed(api):
 
 def test_a_model_without_an_active_version_is_not_listed_or_found(api):
     add_version(api.store)
-    models.delete(api.store, "ada", "bot@v1")
+    deletion.delete(api.store, "ada", "bot@v1")
     assert "bot" not in [model["id"] for model in api.get("/v1/models").json()["data"]]
     assert_error(api.get("/v1/models/bot"), 404, "model")
 

@@ -4,8 +4,8 @@ import pytest
 
 from tests.control.fakes import put_fake_adapter
 from tuneloom import bases
-from tuneloom.control import models
-from tuneloom.domain import Checkpoint, new_id
+from tuneloom.control import deletion, models
+from tuneloom.domain import new_id
 from tuneloom.errors import AdapterRejected, Conflict, InvalidRequest, ModelNotFound
 from tuneloom.store import Store
 from tuneloom.store.names import find_named
@@ -58,7 +58,7 @@ def test_activating_and_rolling_back_move_the_pointer(store):
         add_version(store)
     models.activate(store.records, "ada", "bot", 3)
     assert active(store) == 3
-    models.delete(store, "ada", "bot@v2")
+    deletion.delete(store, "ada", "bot@v2")
     assert models.rollback(store.records, "ada", "bot").active == 1
     with pytest.raises(Conflict, match="no version before"):
         models.rollback(store.records, "ada", "bot")
@@ -66,67 +66,6 @@ def test_activating_and_rolling_back_move_the_pointer(store):
         models.activate(store.records, "ada", "bot", 9)
     with pytest.raises(ModelNotFound):
         models.activate(store.records, "bob", "bot", 1)
-
-
-def test_a_deleted_version_leaves_the_highest_of_the_rest_active(store):
-    versions = [add_version(store) for _ in range(3)]
-    models.delete(store, "ada", versions[0].ft_name)
-    assert active(store) == 3
-    models.delete(store, "ada", "bot@v2")
-    assert active(store) == 3
-    models.delete(store, "ada", "bot@v3")
-    assert active(store) is None
-    assert store.blobs.list("imports") == []
-    assert add_version(store).number == 4
-    assert active(store) == 4
-
-
-def test_deleting_a_model_takes_all_versions_and_their_bytes(store):
-    for _ in range(3):
-        add_version(store)
-    kept = add_version(store, name="other")
-    models.delete(store, "ada", "bot")
-    assert [stored.value for stored in store.records.versions.query()] == [kept]
-    assert find_named(store.records, "ada", "bot") is None
-    assert {blob.key.rsplit("/", 1)[0] for blob in store.blobs.list("imports")} == {kept.adapter.uri}
-    with pytest.raises(ModelNotFound):
-        models.delete(store, "ada", "bot")
-
-
-def test_a_model_with_very_many_versions_is_deleted_too(store, monkeypatch):
-    monkeypatch.setattr(models, "MAX_DELETED", 5)
-    for _ in range(12):
-        add_version(store)
-    models.delete(store, "ada", "bot")
-    assert store.records.versions.query() == []
-    assert store.blobs.list("imports") == []
-
-
-def test_a_version_takes_the_checkpoints_of_its_job_with_it(store):
-    version = add_version(store, job_id="ftjob-1")
-    checkpoint = Checkpoint(
-        id="ftckpt_1",
-        owner="ada",
-        job_id="ftjob-1",
-        base="tiny/llama",
-        step=2,
-        name=version.ft_name + ":ckpt-step-2",
-        created_at=1.0,
-        adapter=put_fake_adapter(store, "jobs/ftjob-1/checkpoints/step-2", "c"),
-    )
-    store.records.commit(store.records.checkpoints.create(checkpoint))
-    assert find_named(store.records, "ada", checkpoint.name).checkpoint.value == checkpoint
-    models.delete(store, "ada", "bot@v1")
-    assert store.records.checkpoints.query() == []
-    assert store.blobs.list("jobs") == []
-
-
-def test_bytes_that_another_record_refers_to_stay(store):
-    version = add_version(store)
-    copy = version.model_copy(update={"id": "ada:copy:v1", "model": "copy"})
-    store.records.commit(store.records.versions.create(copy))
-    models.delete(store, "ada", "bot")
-    assert len(store.blobs.list(version.adapter.uri)) == 2
 
 
 def test_a_model_stays_on_its_base(store):
@@ -143,18 +82,6 @@ def test_versions_made_at_once_get_numbers_of_their_own(store):
         thread.join(30)
     numbers = [version.number for version in models.list_versions(store.records, "ada", "bot")]
     assert numbers == [1, 2, 3, 4]
-
-
-def test_deleting_versions_at_once_leaves_no_pointer_to_nothing(store):
-    for _ in range(5):
-        add_version(store)
-    threads = [threading.Thread(target=models.delete, args=(store, "ada", f"bot@v{n}")) for n in (1, 3, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert active(store) in (2, 4)
-    assert find_named(store.records, "ada", "bot").version is not None
 
 
 @pytest.fixture(scope="session")

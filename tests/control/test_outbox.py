@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.control.conftest import add_job
 from tests.control.test_models import add_version
 from tests.control.test_reconcile_faults import ACTIONS, World
-from tuneloom.control import jobs, models, outbox
+from tuneloom.control import deletion, jobs, models, outbox
 from tuneloom.control.jobs import TRANSITIONS, apply
 from tuneloom.control.writer import JobWriter
 from tuneloom.domain import EVENT_TYPES, TERMINAL, Hyperparameters, JobError, WebhookDelivery, WebhookEndpoint
@@ -121,7 +121,7 @@ def test_versions_are_told_when_they_come_and_when_they_answer(store):
     models.activate(store.records, "ada", "bot", 2)
     models.activate(store.records, "ada", "bot", 2)
     models.rollback(store.records, "ada", "bot")
-    models.delete(store, "ada", "bot@v1")
+    deletion.delete(store, "ada", "bot@v1")
     told = [(row.type.rpartition(".")[2], json.loads(row.body)["data"]) for row in rows(store)]
     assert sorted((kind, data["id"]) for kind, data in told) == [
         ("activated", "bot@v1"),

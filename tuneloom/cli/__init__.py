@@ -15,6 +15,9 @@ def main() -> None:
     except TuneloomError as error:
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

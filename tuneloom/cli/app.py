@@ -33,6 +33,14 @@ app = typer.Typer(
 )
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(f"tuneloom {version('tuneloom')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _home(
     context: typer.Context,
@@ -40,6 +48,9 @@ def _home(
         Path | None,
         typer.Option(help="Folder of this installation's state.", envvar="TUNELOOM_HOME", show_default=".tuneloom"),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
     context.obj = home
 

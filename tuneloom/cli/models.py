@@ -1,22 +1,21 @@
 """`tuneloom models`: tuned models and their versions, changed in the store itself; a running API follows at once."""
 
 import dataclasses
-import json
+import json as jsons
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuneloom.cli.session import Api, open_store, print_json, print_rows, read_settings
+from tuneloom.cli.session import Api, Json, open_store, print_json, print_rows, read_settings, show_time
 from tuneloom.config import Pepper
 from tuneloom.domain import LOCAL_OWNER
 from tuneloom.errors import InvalidRequest, ModelNotFound
 
 if TYPE_CHECKING:
     from tuneloom.config import Settings
-    from tuneloom.domain import AdapterRef, Version
+    from tuneloom.domain import AdapterRef, Checkpoint, Version
     from tuneloom.store import Store
 
 app = typer.Typer(help="Tuned models and their versions.", no_args_is_help=True)
@@ -33,7 +32,7 @@ ACT_TIMEOUT_S = 120.0
 def list_models(
     context: typer.Context,
     owner: Owner = LOCAL_OWNER,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Models with their versions; `*` marks the active one, which the bare name calls."""
     from tuneloom.control import models
@@ -41,7 +40,7 @@ def list_models(
     with open_store(context) as store:
         found = {model.name: model for model in models.list_models(store.records, owner)}
         versions = models.list_versions(store.records, owner)
-    if as_json:
+    if json:
         print_json([{**v.model_dump(), "active": found[v.model].active == v.number} for v in versions])
         return
     rows = [
@@ -49,13 +48,13 @@ def list_models(
             version.pinned_name + (" *" if found[version.model].active == version.number else ""),
             version.base,
             str(version.adapter.rank),
-            datetime.fromtimestamp(version.created_at, UTC).strftime("%Y-%m-%d %H:%M"),
+            show_time(version.created_at),
             _fidelity(version),
             version.ft_name,
         ]
         for version in versions
     ]
-    print_rows(["model", "base", "rank", "created", "fidelity", "also called"], rows)
+    print_rows(["model", "base", "rank", "created", "fidelity", "also called"], rows, none=f"no models of {owner}")
 
 
 @app.command()
@@ -70,8 +69,8 @@ def activate(
     """Let the bare name call this version. Requests in flight finish on theirs."""
     from tuneloom.control import models
 
-    bare, _, number = name.partition("@v")
-    number = version.removeprefix("v") if version is not None and not number else number
+    bare, _, number = name.partition("@")
+    number = (number or version or "").removeprefix("v")
     if not number.isascii() or not number.isdecimal():
         raise InvalidRequest(f"Say which version: `tuneloom models activate {bare or 'support-bot'}@v2`.")
     with open_store(context) as store:
@@ -124,7 +123,7 @@ def show(
     context: typer.Context,
     name: Name,
     owner: Owner = LOCAL_OWNER,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    json: Json = False,
 ) -> None:
     """One model: each version with its job, what was measured of it, and whether its lineage is recorded."""
     from tuneloom.control import exports, models
@@ -133,7 +132,7 @@ def show(
         model = models.get_model(store.records, owner, name).value
         versions = models.list_versions(store.records, owner, name)
         lineages = exports.have_lineages(store.blobs, (version.adapter for version in versions))
-    if as_json:
+    if json:
         shown = [{**v.model_dump(), "lineage": has} for v, has in zip(versions, lineages, strict=True)]
         print_json({**model.model_dump(), "versions": shown})
         return
@@ -159,7 +158,7 @@ def export(
     owner: Owner = LOCAL_OWNER,
 ) -> None:
     """Write an adapter as a folder that plain `peft` loads, or merged as one that plain `transformers` loads."""
-    from tuneloom.control import exports
+    from tuneloom.control import audit, exports, models
     from tuneloom.store.drafts import draft_folder
 
     if dtype is not None and (not merged or dtype not in ("bf16", "fp32")):
@@ -167,7 +166,8 @@ def export(
             f"Invalid `--dtype`: {dtype!r}. Use `bf16` or `fp32`." if merged else "`--dtype` goes with `--merged`."
         )
     with open_store(context) as store:
-        ref, base = _adapter(store, owner, name)
+        holder = _holder(store, owner, name)
+        ref, base = holder.adapter, holder.base
         target = to or Path(name.replace("@", "-").replace(":", "-").replace("/", "-"))
         with draft_folder(target) as draft:
             if merged:
@@ -175,6 +175,7 @@ def export(
             else:
                 exports.write_adapter(store.blobs, ref, draft, name=name, base=base)
                 said = f"rank {ref.rank}, {ref.size_bytes / 1e6:.1f} MB"
+            store.records.commit(models.download_entry(audit.cli_actor(), holder, merged=merged))
     typer.echo(f"{target} ({said})")
 
 
@@ -190,7 +191,7 @@ def import_layout(
         list[str] | None, typer.Option("--base-map", help="OLD=NEW: the base that OLD is called here; repeatable.")
     ] = None,
     owner: Owner = LOCAL_OWNER,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: also the settings that were found.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs: also the settings that were found.")] = False,
 ) -> None:
     """Add the models and versions of a folder or bucket in the layout `models/NAME/vN/adapter`; again: the rest."""
     from tuneloom.control import layout
@@ -200,7 +201,7 @@ def import_layout(
     with open_store(context) as store, layout.at_hand(source) as folder:
         api = ApiContext(read_settings(context), store, Pepper((b"",)), lambda: None)
         results = layout.import_layout(api, owner, folder, renamed)
-    if as_json:
+    if json:
         print_json([dataclasses.asdict(result) for result in results])
     else:
         print_rows(
@@ -218,10 +219,10 @@ def delete(
     owner: Owner = LOCAL_OWNER,
 ) -> None:
     """Delete a model, one of its versions, or a checkpoint."""
-    from tuneloom.control import models
+    from tuneloom.control import deletion
 
     with open_store(context) as store:
-        models.delete(store, owner, name)
+        deletion.delete(store, owner, name)
     typer.echo(f"deleted {name}")
 
 
@@ -252,7 +253,7 @@ def unload(context: typer.Context, name: AnyName, owner: Owner = LOCAL_OWNER) ->
 def _act(context: typer.Context, action: str, name: str, owner: str) -> None:
     """Ask the running API; exit code 1 if a replica could not do it."""
     with open_store(context) as store:
-        _, base = _adapter(store, owner, name)
+        base = _holder(store, owner, name).base
     path = f"/v1/tuneloom/bases/{base}/{action}"
     done = Api(read_settings(context)).post(path, {"model": name, "owner": owner}, timeout=ACT_TIMEOUT_S)
     rows = [[each["id"], each["error"]["message"] if each["status"] != "ok" else "ok"] for each in done["replicas"]]
@@ -302,7 +303,7 @@ def _merge(
 def _version_row(version: "Version", has_lineage: bool, is_active: bool) -> list[str]:
     return [
         f"v{version.number}" + (" *" if is_active else ""),
-        datetime.fromtimestamp(version.created_at, UTC).strftime("%Y-%m-%d %H:%M"),
+        show_time(version.created_at),
         str(version.adapter.rank),
         version.job_id or "imported",
         "yes" if has_lineage else "no",
@@ -324,21 +325,21 @@ def _split_pair(pair: str) -> tuple[str, str]:
     return old, new
 
 
-def _adapter(store: "Store", owner: str, name: str) -> "tuple[AdapterRef, str]":
-    """The adapter that a name calls, and the id of its base."""
+def _holder(store: "Store", owner: str, name: str) -> "Version | Checkpoint":
+    """What has the adapter that a name calls."""
     from tuneloom.store.names import find_named
 
     found = find_named(store.records, owner, name)
     for stored in (found.version, found.checkpoint) if found else ():
         if stored is not None:
-            return stored.value.adapter, stored.value.base
+            return stored.value
     raise ModelNotFound.named(name)
 
 
 def _base_of(settings: "Settings", folder: Path) -> str:
     """The base that the adapter's config names, if it is one of ours; else the only one that we serve."""
     try:
-        named = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+        named = jsons.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise InvalidRequest(f"{folder} is not an adapter folder: no readable `adapter_config.json`.") from error
     ids = {base.id for base in settings.bases} | set(settings.base_aliases)

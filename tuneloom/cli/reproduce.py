@@ -118,7 +118,7 @@ def _ended(store: "Store", job_id: str, timeout_s: float) -> "Iterator[Version]"
     Raises:
         TuneloomError: the job failed, or took too long.
     """
-    from tuneloom.control import models
+    from tuneloom.control import deletion, models
 
     version = None
     try:
@@ -128,9 +128,9 @@ def _ended(store: "Store", job_id: str, timeout_s: float) -> "Iterator[Version]"
         if version is None:
             _cancel(store, job_id)
         else:
-            models.delete(store, version.owner, version.pinned_name)
+            deletion.delete(store, version.owner, version.pinned_name)
             if not models.list_versions(store.records, version.owner, version.model):
-                models.delete(store, version.owner, version.model)
+                deletion.delete(store, version.owner, version.model)
 
 
 def _wait(store: "Store", job_id: str, timeout_s: float) -> "Version":

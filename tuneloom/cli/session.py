@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 REQUEST_TIMEOUT_S = 60.0
 
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Limit = Annotated[int, typer.Option(help="At most so many.", min=1, max=100)]
 
 
 def home_folder(context: typer.Context) -> Path:
@@ -60,6 +61,7 @@ class Api:
         state = cluster.read_state(settings.home)
         if state is None or not state.is_up:
             raise Conflict("tuneloom is not running. Start it: `tuneloom up`.")
+        self._key_file = settings.home / up.KEY_FILE
         headers = {"Authorization": f"Bearer {up.read_admin_key(settings)}"}
         self._client = httpx.Client(base_url=state.api_url, headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False)
 
@@ -128,6 +130,8 @@ class Api:
             ) from error
         if response.is_success:
             return response
+        if response.status_code == 401:
+            raise TuneloomError(f"The API refuses the key in {self._key_file}. `tuneloom up` makes another.")
         raise (NotFound if response.status_code == 404 else TuneloomError)(_message(response))
 
 
@@ -139,12 +143,17 @@ def _message(response: "httpx.Response") -> str:
 
 
 def show_time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def print_rows(header: list[str], rows: list[list[str]]) -> None:
-    """A table as plain text, whole ids and all, so that it can be cut and searched; nothing for no rows."""
+def print_rows(header: list[str], rows: list[list[str]], *, none: str = "") -> None:
+    """A table as plain text, whole ids and all, so that it can be cut and searched.
+
+    Without rows nothing goes to stdout, and `none` to stderr.
+    """
     if not rows:
+        if none:
+            typer.echo(none, err=True)
         return
     table = [header, *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]

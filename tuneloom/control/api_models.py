@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tuneloom.bases import catalogue, get_base
-from tuneloom.control import audit, exports, models, repeat
+from tuneloom.control import audit, deletion, exports, models, repeat
 from tuneloom.control.body import Body, Form, digest, identify, parse, read_form, read_json
 from tuneloom.control.context import ApiContext, caller, check_may_use, in_thread
 from tuneloom.control.together import Together
@@ -121,7 +121,7 @@ class ModelsApi:
 
     def _delete(self, who: Principal, name: str, actor: Actor) -> None:
         self._find(who, name)
-        models.delete(self._store, who.owner, name, actor)
+        deletion.delete(self._store, who.owner, name, actor)
 
     async def list_versions(self, request: Request) -> Response:
         who = caller(request)
