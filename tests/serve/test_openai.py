@@ -281,6 +281,15 @@ def test_every_64_bit_seed_is_one(seed: int) -> None:
     assert parse_chat(chat(seed=seed, n=2)).params.seed == seed
 
 
+def test_an_answer_goes_back_as_the_client_has_parsed_it() -> None:
+    from openai.types.chat import ParsedChatCompletionMessage
+
+    for parsed in (None, {"a": 1}):
+        message = ParsedChatCompletionMessage[dict[str, int]](role="assistant", content='{"a": 1}', parsed=parsed)
+        call = parse_chat(chat(messages=[*HI, message.model_dump()]))
+        assert call.prompts == parse_chat(chat(messages=[*HI, {"role": "assistant", "content": '{"a": 1}'}])).prompts
+
+
 def test_a_refused_value_is_shown_as_json() -> None:
     with pytest.raises(InvalidRequest, match='Invalid `model`: ""'):
         parse_chat(chat(model=""))

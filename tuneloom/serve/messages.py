@@ -19,6 +19,8 @@ _FIELDS: dict[str, frozenset[str]] = {
     "function_call": frozenset({"assistant"}),
     "refusal": frozenset({"assistant"}),
     "annotations": frozenset({"assistant"}),
+    # What the client's `parse` has made of the content.
+    "parsed": frozenset({"assistant"}),
     "audio": frozenset(),
 }
 
