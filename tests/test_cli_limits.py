@@ -32,6 +32,7 @@ def test_limits_are_set_one_by_one_shown_and_cleared(shell: Shell):
         ["ada", "tokens_per_month", "5000"],
     ]
     assert shell("limits", "clear", "ada") == 0
+    assert shell("limits", "show", "ada") == 0 and (shell.out, shell.err) == ("", "nothing is set for ada\n")
     assert shell("limits", "list", "--json") == 0
     assert json.loads(shell.out) == []
 
@@ -48,6 +49,7 @@ def test_limits_are_set_one_by_one_shown_and_cleared(shell: Shell):
     [
         (["set", "ada", "--requests-per-minute", "0"], "rates.requests_per_minute"),
         (["set", "../x", "--max-concurrent", "1"], "Invalid `owner`"),
+        (["set", "ada"], "Say which limit"),
     ],
 )
 def test_a_wrong_limit_says_what_is_wrong(arguments: list[str], message: str, shell: Shell):

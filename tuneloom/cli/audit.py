@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuneloom.cli.session import open_store, print_json, print_rows, show_time
+from tuneloom.cli.session import Json, open_store, print_json, print_rows, show_time
 
 if TYPE_CHECKING:
     from tuneloom.domain import AuditEntry
@@ -18,7 +18,7 @@ def audit(
     actor: Annotated[list[str] | None, typer.Option(help="The id of a key or a person; repeat it.")] = None,
     since: Annotated[str, typer.Option(help="How far back, such as 12h or 30d.")] = "30d",
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="The newest so many.")] = 100,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Who did what to keys, jobs, models, files and adapters, newest first."""
     from tuneloom.control.api_audit import Filter, read_entries
@@ -35,7 +35,7 @@ def audit(
     if json:
         print_json([entry.model_dump() for entry in entries])
         return
-    print_rows(["time", "action", "owner", "what", "by", "from"], [_row(entry) for entry in entries])
+    print_rows(["time", "action", "owner", "what", "by", "from"], [_row(entry) for entry in entries], none="no entries")
     if has_more:
         typer.echo(f"These are the newest {limit}; `--limit` shows more.", err=True)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tuneloom.cli.session import open_store, print_json, print_rows, read_settings
+from tuneloom.cli.session import Json, open_store, print_json, print_rows, read_settings
 
 app = typer.Typer(help="Base models.", no_args_is_help=True)
 
@@ -13,7 +13,7 @@ app = typer.Typer(help="Base models.", no_args_is_help=True)
 @app.command("list")
 def list_bases(
     context: typer.Context,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    json: Json = False,
     verify: Annotated[bool, typer.Option(help="Read every file and compare its checksum.")] = False,
 ) -> None:
     """The bases in the catalogue, and whether `config.yaml` serves them."""
@@ -38,7 +38,9 @@ def list_bases(
         ]
         for base in found
     ]
-    print_rows(["id", "size", "context", "license", "served"], rows)
+    print_rows(
+        ["id", "size", "context", "license", "served"], rows, none="no bases; `tuneloom up` fetches the default one"
+    )
 
 
 @app.command()
@@ -74,11 +76,13 @@ def add(
 def remove(context: typer.Context, id: Annotated[str, typer.Argument(help="The base's id.")]) -> None:
     """Take a base out of the catalogue and delete its files."""
     from tuneloom import bases, cluster
-    from tuneloom.errors import Conflict
+    from tuneloom.errors import Conflict, NotFound
 
     settings = read_settings(context)
     if id in {base.id for base in settings.bases} and cluster.is_whole(settings.home):
         raise Conflict(f"`{id}` is being served. Take it out of `config.yaml`, or stop with `tuneloom down`, first.")
+    if id not in bases.catalogue(settings.bases_dir):
+        raise NotFound(f"There is no base `{id}` in the catalogue. `tuneloom bases list` shows what there is.")
     bases.remove(settings.bases_dir, id)
     _record(context, "base.removed", id, {})
     typer.echo(f"removed {id}")

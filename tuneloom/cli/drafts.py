@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tuneloom.cli.session import Api, Json, print_json, print_rows, read_settings, show_time
+from tuneloom.cli.session import Api, Json, Limit, print_json, print_rows, read_settings, show_time
 from tuneloom.errors import TuneloomError
 
 app = typer.Typer(help="Training rows drafted from a description.", no_args_is_help=True)
@@ -59,7 +59,7 @@ def create(
 @app.command("list")
 def list_drafts(
     context: typer.Context,
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=100)] = 20,
+    limit: Limit = 20,
     json: Json = False,
 ) -> None:
     """Drafts, newest first."""
@@ -71,7 +71,7 @@ def list_drafts(
         [each["id"], _state(each), _progress(each), each["file_id"] or "", show_time(each["created_at"])]
         for each in found
     ]
-    print_rows(["id", "status", "rows", "file", "created"], rows)
+    print_rows(["id", "status", "rows", "file", "created"], rows, none="no drafts")
 
 
 @app.command()
@@ -128,10 +128,14 @@ def rows(
     context: typer.Context,
     id: DraftId,
     after: Annotated[int, typer.Option(help="The number of the last row seen.", min=0)] = 0,
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 100,
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 20,
+    json: Json = False,
 ) -> None:
     """The rows that there are, a line of JSON each, also while more are coming."""
     page = Api(read_settings(context)).get(f"{DRAFTS}/{id}/rows", after=after, limit=limit)
+    if json:
+        print_json(page)
+        return
     for row in page["data"]:
         typer.echo(jsons.dumps(row["data"], ensure_ascii=False))
 

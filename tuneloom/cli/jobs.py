@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterator
-from json import loads
+from json import dumps, loads
 from typing import Annotated, Any
 
 import typer
 
-from tuneloom.cli.session import Api, Json, print_json, print_rows, read_settings, show_time
+from tuneloom.cli.session import Api, Json, Limit, print_json, print_rows, read_settings, show_time
 from tuneloom.config import TrainSettings
 from tuneloom.errors import InvalidRequest
 
@@ -23,7 +23,7 @@ JobId = Annotated[str, typer.Argument(help="The job's id, `ftjob-...`.")]
 @app.command("list")
 def list_jobs(
     context: typer.Context,
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=100)] = 20,
+    limit: Limit = 20,
     json: Json = False,
 ) -> None:
     """Jobs, newest first."""
@@ -32,7 +32,7 @@ def list_jobs(
         print_json(found)
         return
     rows = [[job["id"], job["status"], show_time(job["created_at"]), _outcome(job)] for job in found]
-    print_rows(["id", "state", "created", "model, or place in line"], rows)
+    print_rows(["id", "status", "created", "model, or place in line"], rows, none="no jobs")
 
 
 @app.command()
@@ -108,6 +108,7 @@ def events(
     id: JobId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
     limit: Annotated[int, typer.Option(help="At most so many of the past.", min=1, max=1000)] = 100,
+    json: Annotated[bool, typer.Option("--json", help="For programs: an object a line.")] = False,
 ) -> None:
     """A job's history, oldest first. With --follow the exit code tells whether it succeeded."""
     api = _api(context)
@@ -117,7 +118,8 @@ def events(
         for event in reversed(api.get(f"{JOBS}/{id}/events", limit=limit)["data"]):
             if event["id"] not in seen:
                 seen.add(event["id"])
-                typer.echo(f"{show_time(event['created_at'])}  {event['level']:5}  {event['message']}")
+                line = f"{show_time(event['created_at'])}  {event['level']:5}  {event['message']}"
+                typer.echo(dumps(event, ensure_ascii=False) if json else line)
         if not follow or state in ENDED:
             raise typer.Exit(0 if state in ("", "succeeded") else 1)
         time.sleep(FOLLOW_S)

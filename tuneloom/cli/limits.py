@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuneloom.cli.session import Json, open_store, print_json, print_rows
+from tuneloom.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from tuneloom.domain import OwnerLimits
@@ -46,6 +47,8 @@ def set_limits(
         "requests_per_minute": model_requests_per_minute,
         "tokens_per_minute": model_tokens_per_minute,
     }
+    if not named and not {*rates.values(), *of_models.values()} - {None}:
+        raise InvalidRequest("Say which limit, such as `--requests-per-minute 60`.")
     with open_store(context) as store:
         before = owner_limits.find(store.records, owner)
         allowance = _parse({**named, "rates": rates, "model_rates": of_models})
@@ -63,8 +66,8 @@ def show(context: typer.Context, owner: Owner, json: Json = False) -> None:
         limits = owner_limits.find(store.records, owner)
     if json:
         print_json(None if limits is None else limits.model_dump(mode="json"))
-    elif limits is not None:
-        print_rows(["limit", "value"], _rows(limits))
+    else:
+        print_rows(["limit", "value"], _rows(limits) if limits else [], none=f"nothing is set for {owner}")
 
 
 @app.command("list")
@@ -77,7 +80,8 @@ def list_limits(context: typer.Context, json: Json = False) -> None:
     if json:
         print_json([limits.model_dump(mode="json") for limits in found])
         return
-    print_rows(["owner", "limit", "value"], [[limits.owner, *row] for limits in found for row in _rows(limits)])
+    rows = [[limits.owner, *row] for limits in found for row in _rows(limits)]
+    print_rows(["owner", "limit", "value"], rows, none="nothing is set for anybody")
 
 
 @app.command()
@@ -94,7 +98,6 @@ def _parse(fields: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
     from tuneloom.domain import Allowance
-    from tuneloom.errors import InvalidRequest
 
     try:
         return Allowance.model_validate(fields)

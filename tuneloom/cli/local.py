@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuneloom.cli.session import Api, home_folder, print_json, print_rows, read_settings
+from tuneloom.cli.session import Api, Json, home_folder, print_json, print_rows, read_settings
 
 if TYPE_CHECKING:
     from tuneloom.config import Settings
@@ -54,7 +54,7 @@ def down(context: typer.Context) -> None:
 
 def status(
     context: typer.Context,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    json: Json = False,
     bases: Annotated[
         bool, typer.Option("--bases", help="What each replica of each base does and holds, instead.")
     ] = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuneloom.cli.session import home_folder, open_store, print_json
+from tuneloom.cli.session import Json, home_folder, open_store, print_json
 from tuneloom.errors import Conflict, InvalidRequest
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def copy(
     source: Annotated[str, typer.Argument(metavar="FROM", help=f"What is copied: {PLACE}.")],
     target: Annotated[str, typer.Argument(metavar="TO", help=f"Where it goes: {PLACE}.")],
     verify: Annotated[bool, typer.Option("--verify", help="Only compare both; write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Copy all records and blobs of an installation to another store, and compare both by their hashes.
 
@@ -70,12 +70,13 @@ def copy(
 @app.command()
 def check(
     context: typer.Context,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Read every stored file and adapter, and compare their hashes with their records. Exit code 1 if any differs."""
     from tuneloom.store.check import check_store
 
     _Place.at(home_folder(context)).refuse_absent()
+    _Place.named(str(home_folder(context))).refuse_absent()
     with open_store(context) as store:
         checked = check_store(store, lambda line: typer.echo(line, err=True))
     if json:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tuneloom.cli.session import Api, Json, print_json, print_rows, read_settings, show_time
+from tuneloom.cli.session import Api, Json, Limit, print_json, print_rows, read_settings, show_time
 from tuneloom.domain import EVENT_TYPES
 
 app = typer.Typer(help="Webhooks: who is told what happens.", no_args_is_help=True)
@@ -24,7 +24,7 @@ def list_endpoints(context: typer.Context, json: Json = False) -> None:
     rows = [
         [each["id"], each["url"], each["name"], each["signing_secret_hint"], _state(each["tuneloom"])] for each in found
     ]
-    print_rows(["id", "url", "name", "secret", "state"], rows)
+    print_rows(["id", "url", "name", "secret", "state"], rows, none="no webhooks")
 
 
 @app.command()
@@ -77,7 +77,7 @@ def deliveries(
     context: typer.Context,
     id: EndpointId,
     state: Annotated[str, typer.Option(help="pending, delivered, dead or all.")] = "all",
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=100)] = 20,
+    limit: Limit = 20,
     json: Json = False,
 ) -> None:
     """What was sent to an endpoint or is still to be, newest first."""
@@ -89,7 +89,7 @@ def deliveries(
         [each["id"], each["type"], each["state"], str(each["attempts"]), show_time(each["created_at"]), _last(each)]
         for each in found
     ]
-    print_rows(["id", "type", "state", "tries", "created", "last answer"], rows)
+    print_rows(["id", "type", "state", "tries", "created", "last answer"], rows, none="no deliveries")
 
 
 @app.command()
