@@ -1,27 +1,64 @@
 """What the documents say is so: paths exist, commands and options exist, the code is the code that is run."""
 
 import ast
+import io
+import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import click
+import httpx
+import openai
 import pytest
 import typer.main
 import yaml
 
+from tuneloom import config
 from tuneloom.cli import app
-from tuneloom.config import BaseSettings, DraftingSettings, EngineSettings, UsageSettings, WebhookSettings
+from tuneloom.config import (
+    AuditSettings,
+    BaseSettings,
+    ControlSettings,
+    DraftingSettings,
+    EngineSettings,
+    GatewaySettings,
+    Section,
+    Settings,
+    TrainSettings,
+    UsageSettings,
+    WebhookSettings,
+)
+from tuneloom.control.api_drafts import CreateDraft
+from tuneloom.control.api_rows import EditFile
+from tuneloom.control.body import parse
+from tuneloom.control.job_body import CreateJob
 from tuneloom.domain import TrainOptions
+from tuneloom.rows import Scan
 from tuneloom.serve.openai import IGNORED, REFUSED, Chat, Completion
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+WRITTEN = {"README.md": README, "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), **PAGES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(language: str) -> list[str]:
-    return [text for found, text in BLOCK.findall(README) if found == language]
+def blocks(language: str, page: str = README) -> list[str]:
+    return [text for found, text in BLOCK.findall(page) if found == language]
+
+
+def all_blocks(*languages: str) -> list:
+    """Every block of these languages on any page, each a test parameter named after its page."""
+    return [
+        pytest.param(text, id=f"{name}-{number}")
+        for name, page in PAGES.items()
+        for number, (language, text) in enumerate(BLOCK.findall(page))
+        if language in languages
+    ]
 
 
 def tree() -> dict[str, Path]:
@@ -59,15 +96,29 @@ def test_the_readmes_script_is_the_example():
 
 def test_the_webhook_pages_script_is_the_example():
     """`tests/control/test_webhook_example.py` runs it."""
-    page = (ROOT / "docs" / "webhooks.md").read_text(encoding="utf-8")
-    scripts = [text for found, text in BLOCK.findall(page) if found == "python"]
-    assert scripts == [(ROOT / "examples" / "webhook.py").read_text(encoding="utf-8")]
+    assert blocks("python", PAGES["webhooks.md"]) == [(ROOT / "examples" / "webhook.py").read_text(encoding="utf-8")]
 
 
-def test_links_lead_somewhere():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert targets
-    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+def anchors(page: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_links_lead_somewhere(name: str):
+    folder = ROOT / "docs" if name in PAGES else ROOT
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", WRITTEN[name]) if "://" not in target]
+    assert targets or name not in ("README.md", "settings.md")
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        linked = folder / path if path else folder / name
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+def test_every_page_is_named_in_the_readme():
+    assert set(re.findall(r"\]\(docs/(\w+\.md)", README)) == PAGES.keys()
 
 
 def test_the_readme_is_one_page():
@@ -88,9 +139,8 @@ def test_examples_use_the_plain_client_and_nothing_of_ours(path: Path):
 
 
 def commands() -> list[str]:
-    """Every `tuneloom ...` of the README, the changelog and the page of webhooks, with `a|b` written out."""
-    pages = ("CHANGELOG.md", "docs/webhooks.md", "docs/drafting.md")
-    text = README + "".join((ROOT / name).read_text(encoding="utf-8") for name in pages)
+    """Every `tuneloom ...` that is written anywhere, with `a|b` written out."""
+    text = "\n".join(WRITTEN.values())
     found = re.findall(r"`(tuneloom [^`\n]+)`", text) + re.findall(r"^(tuneloom (?!/)[^#\n]+)", text, re.MULTILINE)
     found += re.findall(r"\$\(\S*?(tuneloom [^)]+)\)", text)
     return sorted({command.strip() for line in found for command in _written_out(line)})
@@ -124,8 +174,59 @@ def test_every_make_target_that_is_written_exists():
     assert set(re.findall(r"make (\w+)", README + (ROOT / ".ci" / "run").read_text())) - {"it"} <= targets
 
 
+@pytest.mark.parametrize("text", all_blocks("yaml"))
+def test_settings_that_are_written_are_taken(text: str, tmp_path: Path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.yaml").write_text(text)
+    assert config.load(home) != config.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", all_blocks("jsonl"))
+def test_rows_that_are_written_can_be_learned(text: str):
+    for line in text.splitlines():
+        scan = Scan(None)
+        assert len(list(scan.rows(io.BytesIO(line.encode() + b"\n")))) == 1 and not scan.problems
+
+
+def test_bodies_that_are_written_are_taken():
+    draft, edit = (json.loads(text) for text in blocks("json", PAGES["drafting.md"]))
+    assert parse(CreateDraft, json.dumps(draft).encode()).rows == draft["rows"]
+    assert len(parse(EditFile, json.dumps(edit).encode()).operations) == len(edit["operations"])
+
+
+@pytest.mark.parametrize("text", [block for block in all_blocks("python") if "webhooks" not in block.id])
+def test_scripts_that_are_written_ask_for_what_there_is(text: str):
+    """Run with the plain client, whose requests are held against the routes and the bodies of the API."""
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(f"{request.method} {request.url.path}")
+        if request.url.path == "/v1/fine_tuning/jobs":
+            parse(CreateJob, request.content)
+        if request.url.path.endswith("/events"):
+            event = {"draft": {"status": "running", "rows": 1}}
+            return httpx.Response(200, text=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
+        found = {"object": "list", "data": [{"id": "c", "fine_tuned_model_checkpoint": "ft:x"}], "has_more": False}
+        return httpx.Response(200, json=found if request.method == "GET" else {"id": "x"})
+
+    client = openai.OpenAI(
+        api_key="sk-x", base_url="http://x/v1", http_client=httpx.Client(transport=httpx.MockTransport(answer))
+    )
+    known = {"file": SimpleNamespace(id="file-1"), "job": SimpleNamespace(id="ftjob-1"), "id": "draft_1"}
+    exec(compile(text, "example", "exec"), {"client": client, "openai": openai, "messages": [], **known})
+    assert asked
+    for each in asked:
+        assert each in {
+            "POST /v1/fine_tuning/jobs",
+            "GET /v1/fine_tuning/jobs/ftjob-1/checkpoints",
+            "POST /v1/chat/completions",
+            "GET /v1/tuneloom/drafts/draft_1/events",
+        }
+
+
 def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    page = PAGES["api.md"]
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
 
     def fields(start: str) -> set[str]:
@@ -142,6 +243,11 @@ def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
 @pytest.mark.parametrize(
     ("file", "heading", "settings"),
     [
+        ("settings.md", "At the top", Settings),
+        ("settings.md", "gateway", GatewaySettings),
+        ("settings.md", "train", TrainSettings),
+        ("settings.md", "control", ControlSettings),
+        ("settings.md", "audit", AuditSettings),
         ("engine.md", "The engine's options", EngineSettings),
         ("engine.md", "Replicas", BaseSettings),
         ("training.md", "Settings", TrainOptions),
@@ -151,9 +257,30 @@ def test_the_api_page_lists_every_field_that_is_ignored_or_refused():
     ],
 )
 def test_a_page_lists_every_option_with_its_default(file, heading, settings):
-    page = (ROOT / "docs" / file).read_text(encoding="utf-8")
-    (part,) = [part for part in re.split(r"^#+ ", page, flags=re.MULTILINE) if part.startswith(heading + "\n")]
+    (part,) = [part for part in re.split(r"^#+ ", PAGES[file], flags=re.MULTILINE) if part.startswith(heading + "\n")]
     rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \| .+ \|$", part, re.MULTILINE)
     written = {name: yaml.safe_load(default) for name, default in rows}
-    fields = {name: field.default for name, field in settings.model_fields.items() if name not in ("id", "engine")}
+    elsewhere = ("id", "engine", "home", "bases", "base_aliases")
+    fields = {
+        name: list(field.default) if isinstance(field.default, tuple) else field.default
+        for name, field in settings.model_fields.items()
+        if name not in elsewhere and not isinstance(field.default, Section)
+    }
     assert written == fields
+
+
+def sections(of: type[Section]) -> Iterator[type[Section]]:
+    """A section of the settings and all within it."""
+    yield of
+    for field in of.model_fields.values():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from sections(kind)
+
+
+@pytest.mark.parametrize("section", list(sections(Settings)), ids=lambda section: section.__name__)
+def test_every_setting_is_explained_at_its_field_and_on_a_page(section: type[Section]):
+    text = "".join(PAGES.values())
+    for name, field in section.model_fields.items():
+        assert field.description or isinstance(field.default, Section), f"{section.__name__}.{name} has no description"
+        assert name == "home" or f"`{name}" in text or f".{name}`" in text, f"no page tells of `{name}`"

@@ -28,7 +28,7 @@ class DraftProviderSettings(Section):
     max_output_tokens: int = Field(8192, ge=64, description="longest reply that is asked for")
     thinking_budget: int | None = Field(None, ge=0, description="`gemini`: tokens of thinking; None: the model's own")
     input_price: float | None = Field(None, ge=0, description="of a million tokens, in `train.currency`; both or none")
-    output_price: float | None = Field(None, ge=0)
+    output_price: float | None = Field(None, ge=0, description="the same of what it writes")
 
     @model_validator(mode="after")
     def _agree(self) -> "DraftProviderSettings":

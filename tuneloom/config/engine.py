@@ -8,12 +8,9 @@ from tuneloom.config.section import Section
 
 
 class EngineSettings(Section):
-    """One base's engine. Lengths are in tokens.
+    """One base's engine. Lengths are in tokens."""
 
-    `threads` 0: the cores of the machine less one, at least one.
-    """
-
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="number format of weights and computing")
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none", description="keep the linear layers of a plain base in 4 or 8 bits, by bitsandbytes"
     )
@@ -54,7 +51,9 @@ class EngineSettings(Section):
     adapter_idle_s: float | None = Field(
         None, gt=0, description="seconds unused after which an adapter leaves the device and host memory; None: never"
     )
-    threads: int = Field(0, ge=0)
+    threads: int = Field(
+        0, ge=0, description="threads that compute on a CPU; 0: the cores of the machine less one, at least one"
+    )
     native: bool = Field(True, description="use the CPU's matrix units by packed weights and our own kernels")
 
 
@@ -65,7 +64,7 @@ class BaseSettings(Section):
     `min_replicas` and `max_replicas`.
     """
 
-    id: str
+    id: str = Field(min_length=1, description="its id in the catalogue")
     replicas: int = Field(1, ge=1, description="replicas while neither limit below says otherwise")
     min_replicas: int | None = Field(
         None, ge=0, description="fewest replicas; 0: none while nobody asks; None: `replicas`"
@@ -91,9 +90,9 @@ class BaseSettings(Section):
         description="requests per second of one adapter, at one gateway, up to which it stays on one replica; above it "
         "on two, then four...",
     )
-    num_cpus: float = Field(0.1, ge=0)
-    num_gpus: float = Field(0, ge=0)
-    engine: EngineSettings = EngineSettings()
+    num_cpus: float = Field(0.1, ge=0, description="CPUs of the Ray cluster that a replica reserves")
+    num_gpus: float = Field(0, ge=0, description="GPUs that a replica reserves and gets")
+    engine: EngineSettings = Field(EngineSettings(), description="how its engine runs")
 
     @property
     def most_replicas(self) -> int:

@@ -40,7 +40,7 @@ class IdentitySettings(Section):
     firebase_project: str | None = Field(
         None, pattern=r"^[a-z0-9][a-z0-9.:-]{2,62}[a-z0-9]$", description="project id; None: no sign-in"
     )
-    certificates_url: KeysUrl = CERTIFICATES_URL
+    certificates_url: KeysUrl = Field(CERTIFICATES_URL, description="what signs ID tokens")
     clock_leeway_s: float = Field(
         10.0, ge=0, le=60, description="how far a token may come from the future or be over, by Google's clock"
     )
@@ -48,15 +48,19 @@ class IdentitySettings(Section):
         30.0, gt=0, le=60, description="how long an answer that a user is still welcome is used; None: never asked"
     )
     anonymous: bool = Field(True, description="whether people who signed in anonymously are let in")
-    anonymous_scopes: tuple[Literal["inference", "training"], ...] = ("inference", "training")
+    anonymous_scopes: tuple[Literal["inference", "training"], ...] = Field(
+        ("inference", "training"), description="what people who signed in anonymously may do"
+    )
     admins: tuple[Text, ...] = Field((), description="uids and verified e-mail addresses with the scope `admin`")
     allowed_domains: tuple[Text, ...] = Field(
         (), description="domains of the verified e-mail addresses that are let in, nobody else; empty: everybody"
     )
     app_check: Literal["off", "required"] = Field("off", description="whether ID tokens need an App Check token beside")
-    app_check_project_number: str | None = Field(None, pattern=r"^[0-9]{1,20}$")
+    app_check_project_number: str | None = Field(
+        None, pattern=r"^[0-9]{1,20}$", description="of the project's settings, for `app_check`"
+    )
     app_check_apps: tuple[Text, ...] = Field((), description="ids of the apps that may call; empty: all of the project")
-    app_check_keys_url: KeysUrl = APP_CHECK_KEYS_URL
+    app_check_keys_url: KeysUrl = Field(APP_CHECK_KEYS_URL, description="what signs App Check tokens")
 
     @model_validator(mode="after")
     def _check_project_number(self) -> "IdentitySettings":

@@ -53,7 +53,7 @@ class LimitsSettings(Section):
     redis_url: RedisUrl | None = Field(
         None, description="where the gateway's replicas count together; None: each in its memory, so there may be one"
     )
-    redis_password_file: Path | None = None
+    redis_password_file: Path | None = Field(None, description="file with Redis' password")
     redis_timeout_s: float = Field(
         0.1, gt=0, le=10, description="how long a request waits for Redis; then nobody does, until it answers again"
     )

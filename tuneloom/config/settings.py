@@ -26,16 +26,19 @@ CONFIG_FILE = "config.yaml"
 class Settings(Section):
     """The whole tree. Empty URLs stand for SQLite and files under `home`."""
 
-    home: Path
-    documents_url: str = ""
-    blobs_url: str = ""
-    bases: tuple[BaseSettings, ...] = (BaseSettings(id=DEFAULT_BASE),)
+    home: Path = Field(description="folder of the state; not in the file, see `load`")
+    documents_url: str = Field("", description="where records are: `sqlite:PATH` or `firestore:PROJECT/DATABASE`")
+    blobs_url: str = Field("", description="where bytes are: `file:FOLDER` or `gs://BUCKET/PREFIX`")
+    bases: tuple[BaseSettings, ...] = Field(
+        (BaseSettings(id=DEFAULT_BASE),), min_length=1, description="what is served and trained on"
+    )
     base_aliases: dict[str, str] = Field(
         {
             "gpt-4o-mini-2024-07-18": DEFAULT_BASE,
             "gpt-4.1-nano-2025-04-14": DEFAULT_BASE,
             "gpt-3.5-turbo-0125": DEFAULT_BASE,
-        }
+        },
+        description="other names of bases, so that scripts written for OpenAI run unchanged",
     )
     gateway: GatewaySettings = GatewaySettings()
     train: TrainSettings = TrainSettings()
@@ -108,6 +111,7 @@ def load(home: Path | str | None = None) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequest(f"{path}: `{where}`: {first['msg']}") from error
+        reason = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InvalidRequest(f"{path}: `{where}`: {reason}.") from error
     except (yaml.YAMLError, TypeError) as error:
         raise InvalidRequest(f"{path} is not a YAML mapping: {error}") from error

@@ -8,7 +8,6 @@ from tuneloom.config.section import Section
 
 
 class TrainSettings(Section):
-    launcher: Literal["ray-jobs"] = "ray-jobs"
     max_running: int | None = Field(
         None, ge=1, description="jobs that train at once; None: as many as free cores, GPUs and memory hold"
     )
@@ -17,7 +16,7 @@ class TrainSettings(Section):
         100, ge=1, description="jobs of one owner that may wait to run; beyond it a create gets 429"
     )
     max_losses: int = Field(3, ge=0, description="times an attempt may be lost before the job fails")
-    num_cpus: float = Field(1, ge=0)
+    num_cpus: float = Field(1, ge=0, description="CPUs of the Ray cluster that a worker reserves")
     num_gpus: float = Field(
         0, ge=0, le=1, description="of a worker: a GPU, or the part of one that Ray reserves; 0: CPUs"
     )
@@ -26,13 +25,15 @@ class TrainSettings(Section):
         ge=1,
         description="processes that share the steps of a job, each with its own `num_cpus`, `num_gpus`, `threads`",
     )
-    threads: int = Field(0, ge=0, description="0: all cores")
+    threads: int = Field(0, ge=0, description="threads that a worker computes with; 0: all cores")
     niceness: int = Field(10, ge=0, le=19, description="how far training steps back behind serving on the same cores")
     scheduling: Literal["nice", "batch", "idle"] = Field(
         "nice", description="Linux's class for training: by `niceness` alone, for work in bulk, or only with idle cores"
     )
-    checkpoint_interval_s: float = Field(120.0, gt=0)
-    checkpoints_kept: int = Field(3, ge=1)
+    checkpoint_interval_s: float = Field(
+        120.0, gt=0, description="time between checkpoints where a job does not say another"
+    )
+    checkpoints_kept: int = Field(3, ge=1, description="the last so many of a running job; they can be called")
     upload_states: Literal["auto"] | bool = Field(
         "auto", description="store what a run goes on from beside its blobs; auto: where blobs are not local files"
     )
@@ -58,5 +59,5 @@ class TrainSettings(Section):
 
 
 class ControlSettings(Section):
-    tick_s: float = Field(0.5, gt=0)
+    tick_s: float = Field(0.5, gt=0, description="how often jobs, drafts and checks of files are looked at")
     check_timeout_s: float = Field(900.0, gt=0, description="time for checking a job's files")

@@ -17,7 +17,7 @@ class WebhookSettings(Section):
         description="file with the keys that encrypt signing secrets, one a line, the newest first, the same on every "
         "machine of a cluster; None: one in `home`, made at first use",
     )
-    max_endpoints_per_owner: int = Field(20, ge=1, le=50)
+    max_endpoints_per_owner: int = Field(20, ge=1, le=50, description="endpoints of one owner")
     max_sending: int = Field(16, ge=1, le=256, description="deliveries that are sent at once")
     max_sending_per_owner: int = Field(4, ge=1, description="of which one owner may have so many")
     max_sending_per_endpoint: int = Field(1, ge=1, description="and one endpoint")
