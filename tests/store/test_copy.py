@@ -15,7 +15,7 @@ import pytest
 from tests.store.contract.texts import HARD_TEXTS
 from tuneloom.domain import AdapterRef, File, Version, adapter_sha256
 from tuneloom.errors import Conflict
-from tuneloom.store import Store, open_pair
+from tuneloom.store import Store, copy, open_pair
 from tuneloom.store.artifacts import ADAPTER_FILES
 from tuneloom.store.base import Create, Delete, Replace
 from tuneloom.store.check import check_store
@@ -97,6 +97,18 @@ def test_records_that_are_more_than_one_commit_takes_are_copied(
             here.records.commit(Create("drafters", f"{i}", {"v": value}))
         result = copy_store(here, there)
         assert result.is_equal and result.records["drafters"] == len(largest)
+
+
+def test_a_large_blob_is_told_of_before_it_is_copied(
+    local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy, "LARGE_BYTES", 10)
+    told: list[str] = []
+    with opened(local, pair(tmp_path / "other")) as (here, there):
+        here.blobs.write("a/b", b"small")
+        here.blobs.write("a/c", b"0123456789")
+        copy_store(here, there, lambda line: told.append(f"{line} {there.blobs.find('a/c') is not None}"))
+    assert "; next is a/c of 10 bytes False" in told[0] and not any("next is a/b" in line for line in told)
 
 
 @pytest.mark.parametrize("kind", ["local", pytest.param("cloud", marks=pytest.mark.cloud)])

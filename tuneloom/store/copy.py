@@ -19,6 +19,8 @@ from tuneloom.store.limits import MAX_COMMIT_BYTES, encode
 CHUNK_BYTES = 1 << 20
 PAGE = 300
 REPORT_EVERY_S = 2.0
+# One that is larger takes long by itself, and is told of before.
+LARGE_BYTES = 64 << 20
 MAX_NAMED = 20
 
 Report = Callable[[str], None]
@@ -143,6 +145,8 @@ def _blobs(source: Blobs, target: Blobs, result: Result, report: Report, *, is_c
         if ours is None or (theirs is None and not is_copying):
             result.differences.append(_blob_difference(ours, theirs))
             continue
+        if ours.size_bytes >= LARGE_BYTES:
+            report(f"blobs: {_amount(result)}; next is {ours.key} of {ours.size_bytes:,} bytes")
         try:
             if theirs is None:
                 sha256 = _copy_blob(source, target, ours.key)
