@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tuneloom.domain import new_id
 from tuneloom.errors import InvalidRequest, Overloaded
+from tuneloom.serve.flow import ConnectionEnd
 from tuneloom.serve.sse import DONE, event
 
 # For the processes of the cluster: Serve's proxy reads it when it starts.
@@ -95,4 +96,5 @@ class Guard:
 
 def proxy_middlewares() -> list[Middleware]:
     """What Serve's HTTP proxy runs around every request, by `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`."""
-    return [Middleware(Guard)]
+    # The last is the outermost: bodies are counted where they come in.
+    return [Middleware(Guard), Middleware(ConnectionEnd)]

@@ -32,6 +32,7 @@ from tuneloom.serve.api_bases import BasesApi
 from tuneloom.serve.api_limits import OwnLimitsApi
 from tuneloom.serve.auth import Authentication, SignIn
 from tuneloom.serve.body import parse_object
+from tuneloom.serve.flow import ApplicationEnd
 from tuneloom.serve.guard import Guard
 from tuneloom.serve.keys import Keys
 from tuneloom.serve.limits import Gate, Limits
@@ -104,6 +105,7 @@ def make_app(context: Context) -> Starlette:
             Route("/v1/{model:path}/models", service.models_of),
         ],
         middleware=[
+            Middleware(ApplicationEnd),
             Middleware(Guard),
             Middleware(
                 CORSMiddleware,
