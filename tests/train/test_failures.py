@@ -75,6 +75,7 @@ def test_a_rank_that_is_not_served_fails_before_it_is_trained(lab: Lab) -> None:
     error = lab.progress(job.id).error
     assert error is not None and error.param == "tuneloom.rank"
     assert "the rank 16" in error.message and "up to 8" in error.message and lab.steps(job.id) == []
+    assert check_job(lab.settings, lab.store, job.id).error == error
 
 
 def test_an_unknown_target_module_fails_with_the_known_ones(lab: Lab) -> None:

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from tuneloom.bases import get_base
 from tuneloom.config import Settings
-from tuneloom.errors import InvalidRequest
 from tuneloom.store import Store, open_store
 from tuneloom.train.agreement import Compared, check_factors, check_scores, sentence
 from tuneloom.train.checkpoints import Checkpoints
@@ -29,6 +28,7 @@ from tuneloom.train.meter import Meter
 from tuneloom.train.micro import smaller, with_micro_size
 from tuneloom.train.patience import PatientBlobs
 from tuneloom.train.plan import Plan, make_plan
+from tuneloom.train.planned import check_rank
 from tuneloom.train.progress import FenceLost, Pulse, Voice
 from tuneloom.train.run import Result, Run, early_end
 from tuneloom.train.start import fetch_start
@@ -126,7 +126,7 @@ def _train(run: Run) -> Result:
     has_bf16 = libraries.models.has_fast_bf16(use_gpu=use_gpu)
     start = fetch_start(run.store.blobs, run.job.spec, run.folder / "start")
     plan = make_plan(run.job.spec, inputs.training, run.base, has_bf16=has_bf16, use_gpu=use_gpu, start=start)
-    _check_rank(run, plan)
+    check_rank(run.settings, run.base, plan)
     room = free_room(use_gpu=use_gpu, limit_bytes=train.memory_bytes)
     plan = fit_plan(plan, run.job.spec.options, run.base, room, run.voice.progress().settings)
     plan = _fit(run, plan)
@@ -147,17 +147,6 @@ def _train(run: Run) -> Result:
             # The others wait within the step that failed here.
             raise StartAgain
     return _hand_over(run, learned) if isinstance(learned, Learned) else learned
-
-
-def _check_rank(run: Run, plan: Plan) -> None:
-    """Refuse what would be trained and then not be served. Raises InvalidRequest."""
-    served = next((each.engine for each in run.settings.bases if each.id == run.base.id), None)
-    if served is not None and plan.rank > served.max_rank:
-        raise InvalidRequest(
-            f"The adapter would have the rank {plan.rank}, and `{run.base.id}` is served with ranks up to "
-            f"{served.max_rank} (`engine.max_rank`). Use a lower `tuneloom.rank`.",
-            param="tuneloom.rank",
-        )
 
 
 def _fit(run: Run, plan: Plan) -> Plan:

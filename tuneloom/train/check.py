@@ -31,7 +31,7 @@ from tuneloom.train.data import (
 )
 from tuneloom.train.failure import store_refused
 from tuneloom.train.folders import run_folder
-from tuneloom.train.planned import Lengths, Planned, plan_run
+from tuneloom.train.planned import Lengths, Planned, check_rank, plan_run
 from tuneloom.train.render import Renderer
 from tuneloom.train.report import NOTHING, FileReport, Note, Overlap, Tally, Totals, notes_of, notes_of_overlap
 from tuneloom.train.start import Start, fetch_start
@@ -100,7 +100,7 @@ class Check:
 
     def __init__(self, settings: Settings, spec: JobSpec) -> None:
         """Raises ModelNotFound if there is no such base."""
-        self._train = settings.train
+        self._settings = settings
         self._spec = spec
         self._base = get_base(settings.bases_dir, spec.base)
         self._renderer = Renderer.load(self._base.path, learn_all=spec.options.loss_on == "all")
@@ -112,7 +112,7 @@ class Check:
 
     def read(self, param: str, name: str, source: BinaryIO, *, keep: Path | None = None) -> None:
         """Take in one file; `param` is the field of the job that names it. Its tokens, if it is good, go to `keep`."""
-        scan = Scan(method=self._spec.method, min_rows=self._train.min_rows if param == "training_file" else 1)
+        scan = Scan(method=self._spec.method, min_rows=self._settings.train.min_rows if param == "training_file" else 1)
         reader = reader_for(self._spec, self._base, scan, self._renderer)
         builder = builder_for(self._spec) if keep is not None else None
         tally = Tally(
@@ -156,7 +156,11 @@ class Check:
         """What the run of good files will do. Raises InvalidRequest if the settings do not go with them."""
         training, _ = self._parts()
         rows = Lengths(training.lengths)
-        return plan_run(self._train, self._spec, self._base, rows, report.training, report.validation, start)
+        planned = plan_run(
+            self._settings.train, self._spec, self._base, rows, report.training, report.validation, start
+        )
+        check_rank(self._settings, self._base, planned.plan)
+        return planned
 
     def _parts(self) -> tuple[Tally, Tally | None]:
         """The rows to train on and those to validate on."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tuneloom.bases import Base
-from tuneloom.config import TrainSettings
+from tuneloom.config import Settings, TrainSettings
 from tuneloom.domain import JobSpec
 from tuneloom.errors import InvalidRequest
 from tuneloom.train.fit import fit_plan
@@ -98,6 +98,17 @@ def plan_run(
         base_bytes=base.size_bytes,
         refusal=refusal,
     )
+
+
+def check_rank(settings: Settings, base: Base, plan: Plan) -> None:
+    """Refuse what would be trained and then not be served. Raises InvalidRequest."""
+    served = next((each.engine for each in settings.bases if each.id == base.id), None)
+    if served is not None and plan.rank > served.max_rank:
+        raise InvalidRequest(
+            f"The adapter would have the rank {plan.rank}, and `{base.id}` is served with ranks up to "
+            f"{served.max_rank} (`engine.max_rank`). Use a lower `tuneloom.rank`.",
+            param="tuneloom.rank",
+        )
 
 
 def has_bf16(train: TrainSettings, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
