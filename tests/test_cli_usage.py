@@ -60,6 +60,7 @@ def test_it_goes_back_and_groups_as_asked(shell: Shell):
     assert (found["cost"], found["currency"], found["device_seconds"]) == (0.25, "USD", 10.5)
     assert shell("usage", "--by", "") == 0 and len(rows(shell)) == 1
     assert shell("usage", "--owner", "eve") == 0 and shell.out == ""
+    assert shell.err.strip() == "nothing was used in the last 7d by eve"
 
 
 @pytest.mark.parametrize(("arguments", "said"), [(["--by", "owner,city"], "city"), (["--since", "soon"], "--since")])

@@ -84,7 +84,8 @@ def list_keys(
         ]
         for key in found
     ]
-    print_rows(["id", "owner", "name", "secret", "scopes", "models", "created", "last used", "ends"], rows)
+    header = ["id", "owner", "name", "secret", "scopes", "models", "created", "last used", "ends"]
+    print_rows(header, rows, none=f"no keys of {owner}" if owner else "no keys")
 
 
 @app.command()
@@ -168,10 +169,13 @@ def revoke(
     if (id is None) == (owner is None):
         raise InvalidRequest("Name a key by its id, or with `--owner` whose keys shall all end.")
     with open_store(context) as store:
-        live = [] if owner is None else keys.list_keys(store.records, owner)
-        for each in [id] if id is not None else [key.id for key in live if key.revoked_at is None]:
+        found = [] if owner is None else keys.list_keys(store.records, owner)
+        ids = [id] if id is not None else [key.id for key in found if key.revoked_at is None]
+        for each in ids:
             keys.revoke(store.records, each)
             typer.echo(f"revoked {each}")
+    if not ids:
+        typer.echo(f"no keys of {owner} that work", err=True)
 
 
 @app.command("rotate-pepper")

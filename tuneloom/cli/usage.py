@@ -51,7 +51,8 @@ def usage(
         print_json([{**group, **_numbers(amounts), "currency": currency} for group, amounts in found])
         return
     header = [*columns, "requests", "input", "cached", "output", "trained", "device s", f"cost {currency}"]
-    print_rows(header, [[*(value or "-" for value in group.values()), *_cells(amounts)] for group, amounts in found])
+    rows = [[*(value or "-" for value in group.values()), *_cells(amounts)] for group, amounts in found]
+    print_rows(header, rows, none=f"nothing was used in the last {since}" + (f" by {owner}" if owner else ""))
 
 
 def _columns(by: str) -> list[str]:
