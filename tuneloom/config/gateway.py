@@ -23,7 +23,8 @@ class GatewaySettings(Section):
     max_file_bytes: int = Field(512 << 20, description="largest uploaded file")
     max_part_bytes: int = Field(64 << 20, description="largest part of an upload")
     max_upload_bytes: int = Field(8 << 30, description="largest file made of parts")
-    key_cache_s: float = Field(2.0, ge=0, le=5, description="how long an answer about a key is remembered")
+    # A second more for what is under way, and the time of a read: a revocation counts everywhere within five.
+    key_cache_s: float = Field(2.0, ge=0, le=3, description="how long an answer about a key is remembered")
     stale_s: float = Field(
         300.0,
         ge=0,
