@@ -231,7 +231,7 @@ def test_a_server_that_ends_and_starts_again_is_found_again(monkeypatch: pytest.
     port = servers.free_port()
     monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", f"{servers.HOST}:{port}")
     documents = open_documents("firestore:demo-restarted")
-    monkeypatch.setattr("tuneloom.store.firestore_api.Tries.__init__.__defaults__", (40.0,))
+    monkeypatch.setattr("tuneloom.store.firestore_api.Tries.__init__.__defaults__", (150.0,))
     with servers.firestore(port=port):
         rev = documents.commit([Create("things", "a", {"v": 0})])["things", "a"]
     with ThreadPoolExecutor(2) as pool:
@@ -241,8 +241,8 @@ def test_a_server_that_ends_and_starts_again_is_found_again(monkeypatch: pytest.
         assert not waiting.done() and not reading.done(), "they wait for the server"
         # The emulator keeps nothing over its end; what is asked for is what was written since.
         with servers.firestore(port=port):
-            assert waiting.result(timeout=WAIT_S).keys() == {("things", "b")}
-            assert len(reading.result(timeout=WAIT_S)) in (0, 1)
+            assert waiting.result(timeout=160).keys() == {("things", "b")}
+            assert len(reading.result(timeout=160)) in (0, 1)
             with pytest.raises(StoreConflict):
                 documents.commit([Replace("things", "a", {"v": 1}, rev)])
             assert [each.id for each in documents.query("things")] == ["b"]

@@ -230,11 +230,11 @@ def test_a_roll_up_that_dies_at_a_commit_counts_once(records: Records, store: Fl
     for at in range(3):
         store.faults = ["ok"] * at + [fault]
         with pytest.raises(Overloaded):
-            roll_up(records, NOON + 2 * HOUR)
+            roll_up(records, NOON + 2 * HOUR, round_s=600)
         assert total(records).input_tokens == sum(range(1400))
     store.faults = []
     store.land()
-    roll_up(records, NOON + 2 * HOUR)
+    roll_up(records, NOON + 2 * HOUR, round_s=600)
     assert records.usage_parts.query() == []
     assert total(records).input_tokens == sum(range(1400))
     spent = [usage.spent(records, owner, NOON).input_tokens for owner in ("ada", "bob")]
