@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.store import durability
 from tests.store.contract import DocumentsContract
 from tests.store.contract.processes import in_processes
 from tests.store.contract.writers import FORKS
 from tuneloom.errors import InvalidRequest, Overloaded, TuneloomError
+from tuneloom.store import sqlite
 from tuneloom.store.base import Create, Increment, Range
 from tuneloom.store.sqlite import SqliteDocuments
 from tuneloom.store.sqlite_query import select
@@ -37,7 +39,8 @@ def test_documents_are_there_after_reopening(path: Path) -> None:
     assert found is not None and (found.data, found.rev) == ({"v": 1}, rev)
 
 
-def test_each_commit_is_on_disk_when_it_returns(path: Path) -> None:
+def test_each_commit_is_on_disk_when_it_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "SYNCHRONOUS", durability.AS_SHIPPED)
     documents = SqliteDocuments(path)
     with documents._use() as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -33,6 +33,7 @@ from tuneloom.store.sqlite_query import INDEXES, holds, select
 
 SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 15.0
+SYNCHRONOUS = "FULL"
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS documents (
@@ -139,7 +140,7 @@ class SqliteDocuments:
             self._connections.add(connection)
             # journal_mode does not wait for a busy file as other statements do.
             _retry_while_locked(lambda: connection.execute("PRAGMA journal_mode = WAL"), self._timeout_s)
-            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
             connection.create_function("holds", 3, holds, deterministic=True)
             self._local.connection = connection
         return connection
