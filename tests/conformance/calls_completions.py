@@ -82,6 +82,8 @@ def completions_n(session: Session) -> None:
     same("indices", [choice.index for choice in answer.choices], [0, 1, 2, 3])
     again = _complete(session, prompt=[PROMPT, OTHER], n=2, temperature=1, seed=3)
     same("texts of one seed", [c.text for c in again.choices], [c.text for c in answer.choices])
+    best = _complete(session, best_of=3, temperature=1, seed=3)
+    same("the best of three", len(best.choices), 1)
 
 
 def completions_max_tokens(session: Session) -> None:

@@ -124,7 +124,14 @@ def format_json_schema(session: Session) -> None:
 def format_parse(session: Session) -> None:
     options: Any = {"response_format": Paint, **ROOM}
     answer = session.client.chat.completions.parse(model=session.base, messages=user(QUESTION), **options)
-    is_a(answer.choices[0].message.parsed, Paint)
+    said: Any = answer.choices[0].message
+    is_a(said.parsed, Paint)
+    # As every guide does it: the message goes back as it came.
+    more = session.client.chat.completions.create(
+        model=session.base, messages=[*user(QUESTION), said, *user("And now?")], max_completion_tokens=2
+    )
+    assert more.usage is not None and answer.usage is not None
+    holds("the answer is in the prompt", more.usage.prompt_tokens > answer.usage.prompt_tokens, more.usage)
 
 
 def format_not_enforceable(session: Session) -> None:
