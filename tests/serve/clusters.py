@@ -1,7 +1,6 @@
 """A real local Ray with our applications, for the tests of this folder that need one."""
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +62,8 @@ class ray_cluster:
         self._environment = {
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # As `tuneloom up` has it. Ray's own 15 starves its workers beside other tests.
+            "RAY_worker_niceness": "0",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
             **PROXY_ENVIRONMENT,
             **modes.environment(settings.gateway, folder, (0, 0)),
@@ -99,12 +100,6 @@ class ray_cluster:
         ray.shutdown()
         for name in self._environment:
             os.environ.pop(name, None)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def eventually(is_true: Callable[[], bool], timeout_s: float) -> float:

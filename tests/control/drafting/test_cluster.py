@@ -19,7 +19,7 @@ from tuneloom.control.drafting.tasks import RayTasks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
 @pytest.fixture
