@@ -26,7 +26,9 @@ from tuneloom.store.sqlite import SqliteDocuments
 PARTS = {"firestore_server", "gcs_server", "redis_server", "auth_server"}
 CLUSTER = re.compile(r"tests/(e2e/|.*test_(\w*cluster|replicas)\.py)")
 # What stands on the parts, or beside them where several owners share a service.
-CLOUD = re.compile(r"firestore|gcs|copy|cloud|firebase|key|audit|limit|usage|webhook|outbound|draft|tenants|isolation")
+CLOUD = re.compile(
+    r"firestore|gcs|copy|cloud|firebase|key|audit|limit|usage|webhook|outbound|draft|tenants|control/test_isolation"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     The latter comes first: it takes longest.
     """
     for item in items:
-        if PARTS & set(getattr(item, "fixturenames", ())) or CLOUD.search(item.path.stem):
+        if PARTS & set(getattr(item, "fixturenames", ())) or CLOUD.search(f"{item.path.parent.name}/{item.path.stem}"):
             item.add_marker("cloud")
         if CLUSTER.match(item.nodeid):
             item.add_marker("cluster")
