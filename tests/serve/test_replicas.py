@@ -1,4 +1,6 @@
-"""Several replicas of a base on a real local Ray: who gets which request, and how many there are."""
+"""Several replicas of a base and of the gateway on a real local Ray: who gets which request, how many there are, and
+what they count together.
+"""
 
 import asyncio
 import concurrent.futures
@@ -15,12 +17,14 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.clusters import Cluster, eventually, free_port, ray_cluster
+from tests.parts import servers
+from tests.serve.clusters import Cluster, eventually, ray_cluster
 from tests.serve.conftest import BASE
 from tuneloom.bases import add_folder
-from tuneloom.config import BaseSettings, EngineSettings, GatewaySettings, Settings, read_pepper
-from tuneloom.control import keys
+from tuneloom.config import BaseSettings, EngineSettings, GatewaySettings, LimitsSettings, Settings, read_pepper
+from tuneloom.control import audit, keys, owner_limits
 from tuneloom.control.models import import_adapter
+from tuneloom.domain import Allowance, Rates
 from tuneloom.errors import TuneloomError
 from tuneloom.serve.app import base_app
 from tuneloom.serve.placement import rendezvous
@@ -31,10 +35,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 PAIR, RARE, GROWING = BASE, "tiny/rare", "tiny/growing"
 HI: Any = [{"role": "user", "content": "hello"}]
 START_S = 90.0
+# Of eve: calls of models. Of an address: wrong keys in a minute.
+PER_DAY, REFUSED = 10, 3
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_base: Path, tiny_adapters: list[Path]) -> Iterator[Cluster]:
+def cluster(tiny_base: Path, tiny_adapters: list[Path], redis_server: servers.Server) -> Iterator[Cluster]:
     engine = EngineSettings(threads=1, dtype="fp32")
     small = EngineSettings(threads=1, dtype="fp32", max_sequences=2)
     quick = {"scale_window_s": 1.0, "scale_up_delay_s": 0.5, "scale_down_delay_s": 2.0, "scale_to_zero_delay_s": 2.0}
@@ -48,16 +54,21 @@ def cluster(tiny_base: Path, tiny_adapters: list[Path]) -> Iterator[Cluster]:
                 BaseSettings(id=GROWING, engine=small, max_replicas=2, target_waiting_tokens=5, **quick),
             ),
             base_aliases={},
-            gateway=GatewaySettings(port=free_port()),
+            gateway=GatewaySettings(port=servers.free_port(), replicas=2),
+            limits=LimitsSettings(
+                redis_url=f"redis://{redis_server.address}/0", redis_timeout_s=10, refused_per_minute=REFUSED
+            ),
         )
         added = {base.id: add_folder(home / "bases", tiny_base, base.id) for base in settings.bases}
         store = open_store(settings)
         for number, adapter in enumerate(tiny_adapters):
             import_adapter(store, "ada", added[PAIR], f"bot-{number}", adapter, max_rank=64)
-        key = keys.mint(store.records, read_pepper(settings), owner="ada").secret
+        key, of_eve = (keys.mint(store.records, read_pepper(settings), owner=owner).secret for owner in ("ada", "eve"))
+        few = Allowance(rates=Rates(requests_per_day=PER_DAY))
+        owner_limits.put(store.records, "eve", few, audit.cli_actor())
         store.close()
         with ray_cluster(home / "ray", settings):
-            yield Cluster(f"http://127.0.0.1:{settings.gateway.port}", key, key)
+            yield Cluster(f"http://127.0.0.1:{settings.gateway.port}", key, of_eve)
         shutil.rmtree(home / "ray", ignore_errors=True)
 
 
@@ -153,3 +164,29 @@ def test_tokens_that_wait_bring_a_second_replica_and_quiet_ends_it(cluster: Clus
         assert all(call.result(timeout=120) for call in calls)
     eventually(lambda: len(cluster.pids(app)) == 1, START_S)
     assert httpx.get(f"{cluster.url}/readyz", timeout=30).status_code == 200
+
+
+def call(cluster: Cluster, key: str, **headers: str) -> httpx.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    # Each on a connection of its own, so that both gateways get some.
+    return httpx.post(
+        f"{cluster.url}/v1/chat/completions",
+        json={"model": "nothing", "messages": HI},
+        headers={"authorization": f"Bearer {key}", **named},
+        timeout=30,
+    )
+
+
+def test_two_gateways_let_as_many_in_as_the_limit_says(cluster: Cluster) -> None:
+    answers = [call(cluster, cluster.key_of_eve) for _ in range(PER_DAY + 5)]
+    assert [answer.status_code for answer in answers] == [404] * PER_DAY + [429] * 5
+    headers = {"authorization": f"Bearer {cluster.key_of_eve}"}
+    shown = [httpx.get(f"{cluster.url}/v1/tuneloom/limits", headers=headers, timeout=30).json() for _ in range(6)]
+    assert all(each["is_shared"] for each in shown)
+    assert {rate["remaining"] for each in shown for rate in each["rates"] if rate["value"] == PER_DAY} == {0}
+
+
+def test_a_client_cannot_say_where_it_comes_from(cluster: Cluster) -> None:
+    """Serve's proxy is uvicorn, which would believe whoever calls from this machine."""
+    answers = [call(cluster, f"sk-wrong-{i}", x_forwarded_for=f"198.51.100.{i}") for i in range(2 * REFUSED)]
+    assert [answer.status_code for answer in answers] == [401] * REFUSED + [429] * REFUSED
