@@ -78,7 +78,7 @@ def test_what_was_trained_here_is_verified_line_by_line(shell: Shell, trained: t
 
 def test_a_download_is_verified_as_a_folder_here_and_elsewhere(shell: Shell, home: Path, tmp_path: Path):
     folder = tmp_path / "colours"
-    assert shell("models", "download", "colours", "--to", str(folder)) == 0
+    assert shell("models", "export", "colours", "--to", str(folder)) == 0
     assert shell("verify", str(folder)) == 0, shell.out
     key = tmp_path / "signer.pem"
     key.write_bytes(public_pem(read_signed((folder / "lineage.json").read_bytes()).public_key))
@@ -139,7 +139,7 @@ def test_an_imported_adapter_has_no_lineage_to_verify(shell: Shell, tiny_adapter
 @pytest.fixture
 def folder(shell: Shell, tmp_path: Path) -> Path:
     """A download of the model."""
-    assert shell("models", "download", "colours", "--to", str(tmp_path / "download")) == 0
+    assert shell("models", "export", "colours", "--to", str(tmp_path / "download")) == 0
     return tmp_path / "download"
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tuneloom.cli import (
+    adapters,
     audit,
     bases,
     drafts,
@@ -66,6 +67,9 @@ app.command()(audit.audit)
 app.add_typer(keys.app, name="keys")
 app.add_typer(limits.app, name="limits")
 app.add_typer(models.app, name="models")
+models.app.command("import")(adapters.import_model)
+models.app.command("import-layout")(adapters.import_layout)
+models.app.command()(adapters.export)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(files.app, name="files")
 app.add_typer(drafts.app, name="drafts")

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tuneloom.control import audit
+from tuneloom.control.api_adapters import AdaptersApi
 from tuneloom.control.api_admin_keys import AdminKeysApi
 from tuneloom.control.api_audit import AuditApi
 from tuneloom.control.api_checks import ChecksApi
@@ -39,6 +40,7 @@ def routes(context: ApiContext) -> list[Route]:
     # A router tries them one after another, so what is asked most comes first.
     apis = (
         ModelsApi(context),
+        AdaptersApi(context),
         JobsApi(context),
         FilesApi(context),
         RowsApi(context),

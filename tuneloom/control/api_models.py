@@ -1,29 +1,23 @@
-"""`/v1/models`, and our own `/v1/tuneloom/models`: versions, activation, adapters in and out."""
+"""`/v1/models`, and our own `/v1/tuneloom/models`: versions and their activation."""
 
-import json
-import shutil
-import tempfile
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuneloom.bases import catalogue, get_base
+from tuneloom.bases import catalogue
 from tuneloom.control import audit, deletion, exports, models, repeat
-from tuneloom.control.body import Body, Form, digest, identify, parse, read_form, read_json
+from tuneloom.control.body import Body, digest, identify, parse, read_json
 from tuneloom.control.context import ApiContext, caller, check_may_use, in_thread
 from tuneloom.control.together import Together
-from tuneloom.domain import Actor, AdapterRef, Model, Principal, Scope, Version, check_model_name, version_id
-from tuneloom.errors import InvalidRequest, MissingParameter, ModelNotFound, PermissionDenied, UnknownParameter
-from tuneloom.store.artifacts import ADAPTER_FILES
-from tuneloom.store.base import BlobNotFound, Write
+from tuneloom.domain import Actor, AdapterRef, Model, Principal, Scope, Version, version_id
+from tuneloom.errors import ModelNotFound, PermissionDenied
+from tuneloom.store.base import Write
 from tuneloom.store.names import Named, find_named
+from tuneloom.store.records import Records
 
-CHUNK_BYTES = 1 << 20
 # An owner who lists more often than this shares a read of the store with whoever asks meanwhile.
 LISTS_APART_S = 0.01
 
@@ -48,10 +42,8 @@ class ModelsApi:
             Route("/v1/models/{name:path}", self.retrieve, methods=["GET"]),
             Route("/v1/models/{name:path}", self.delete, methods=["DELETE"]),
             Route(ours, self.list_versions, methods=["GET"]),
-            Route(ours + "/import", self.import_adapter, methods=["POST"]),
             Route(ours + "/{name}/activate", self.activate, methods=["POST"]),
             Route(ours + "/{name}/rollback", self.rollback, methods=["POST"]),
-            Route(ours + "/{name:path}/adapter", self.download, methods=["GET"]),
             Route(ours + "/{name}", self.retrieve_versions, methods=["GET"]),
         ]
 
@@ -99,7 +91,7 @@ class ModelsApi:
             if base["id"] == name:
                 check_may_use(who, base["root"], name)
                 return base
-        found = self._find(who, name)
+        found = find_for(self._records, who, name)
         if found.checkpoint is not None:
             checkpoint = found.checkpoint.value
             return _show(name, who.owner, checkpoint.base, checkpoint.created_at, checkpoint.adapter)
@@ -120,7 +112,7 @@ class ModelsApi:
         return JSONResponse({"id": name, "object": "model", "deleted": True})
 
     def _delete(self, who: Principal, name: str, actor: Actor) -> None:
-        self._find(who, name)
+        find_for(self._records, who, name)
         deletion.delete(self._store, who.owner, name, actor)
 
     async def list_versions(self, request: Request) -> Response:
@@ -160,80 +152,6 @@ class ModelsApi:
 
         repeat.create_once(self._records, identify(request, owner, digest(name)), make, lambda _: None)
 
-    async def import_adapter(self, request: Request) -> Response:
-        who = caller(request, "training")
-        limit = self._context.settings.gateway.max_file_bytes
-        async with read_form(request, limit, max_files=len(ADAPTER_FILES)) as form:
-            version = await in_thread(self._import, request, who, form)
-        return JSONResponse({**show_version(version, version.pinned_name), "version": version.number})
-
-    def _import(self, request: Request, who: Principal, form: Form) -> Version:
-        owner, name = who.owner, check_model_name(form.field("name"), param="name")
-        check_may_use(who, name, name, param="name")
-        self._context.check_free_name(name, param="name")
-        for field in form.fields:
-            if field not in ("name", "base"):
-                raise UnknownParameter(f"Unknown parameter: `{field[:100]}`.", param=field[:100])
-        with tempfile.TemporaryDirectory(prefix="tuneloom-import-") as folder:
-            hashes = _unpack(form, Path(folder))
-            settings = self._context.get_base(form.fields.get("base") or _base_named_in(Path(folder)), param="base")
-            base = get_base(self._context.bases_dir, settings.id)
-            rank, actor = settings.engine.max_rank, audit.actor_of(request)
-            add = models.draft_import(self._store, owner, base, name, Path(folder), max_rank=rank, actor=actor)
-
-        def make() -> tuple[str, Version, tuple[Write, ...]]:
-            addition = add()
-            return addition.version.id, addition.version, addition.writes
-
-        asked = identify(request, owner, digest(name, base.id, *hashes))
-        return repeat.create_once(self._records, asked, make, lambda id: self._records.versions.get(id).value)
-
-    async def download(self, request: Request) -> Response:
-        """The adapter as a zip of a plain PEFT folder."""
-        who, name = caller(request), request.path_params["name"]
-        archive = await in_thread(self._pack, who, name, audit.actor_of(request))
-        size = archive.stat().st_size
-
-        async def chunks() -> AsyncIterator[bytes]:
-            try:
-                with archive.open("rb") as source:
-                    while chunk := await in_thread(source.read, CHUNK_BYTES):
-                        yield chunk
-            finally:
-                shutil.rmtree(archive.parent, ignore_errors=True)
-
-        filename = "".join(char if (char.isalnum() and char.isascii()) or char in "-._" else "-" for char in name)
-        headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{filename}.zip"'}
-        return StreamingResponse(chunks(), media_type="application/zip", headers=headers)
-
-    def _pack(self, who: Principal, name: str, actor: Actor) -> Path:
-        found = self._find(who, name)
-        holder = found.version or found.checkpoint
-        if holder is None:
-            raise ModelNotFound.named(name)
-        work = Path(tempfile.mkdtemp(prefix="tuneloom-adapter-"))
-        try:
-            folder = work / "adapter"
-            folder.mkdir()
-            exports.write_adapter(self._store.blobs, holder.value.adapter, folder, name=name, base=holder.value.base)
-            archive = exports.write_archive(work / "adapter.zip", folder)
-            self._records.commit(models.download_entry(actor, holder.value))
-            return archive
-        except BlobNotFound as error:
-            shutil.rmtree(work, ignore_errors=True)
-            raise ModelNotFound.named(name) from error
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-
-    def _find(self, who: Principal, name: str) -> Named:
-        """What a name stands for, if it is the caller's and for their key."""
-        found = find_named(self._records, who.owner, name)
-        if found is None:
-            raise ModelNotFound.named(name)
-        check_may_use(who, found.model_name, name)
-        return found
-
     def _show(self, owner: str, name: str) -> dict[str, Any]:
         model = models.get_model(self._records, owner, name).value
         versions = models.list_versions(self._records, owner, name)
@@ -242,6 +160,15 @@ class ModelsApi:
         for row, has_lineage in zip(shown["versions"], lineages, strict=True):
             row["lineage"] = has_lineage
         return shown
+
+
+def find_for(records: Records, who: Principal, name: str) -> Named:
+    """What a name stands for, if it is the caller's and for their key."""
+    found = find_named(records, who.owner, name)
+    if found is None:
+        raise ModelNotFound.named(name)
+    check_may_use(who, found.model_name, name)
+    return found
 
 
 def _bare(request: Request, *scopes: Scope) -> tuple[str, str]:
@@ -293,33 +220,3 @@ def _show(name: str, owner: str, base: str, created_at: float, adapter: AdapterR
         "parent": base,
         "tuneloom": {"adapter_sha256": adapter.sha256, "rank": adapter.rank},
     }
-
-
-def _unpack(form: Form, folder: Path) -> list[str]:
-    """Write the two files of an adapter to `folder`; they are known by their file names. Returns their hashes."""
-    by_name = {part.filename: part for part in form.parts.values()}
-    for name in by_name:
-        if name not in ADAPTER_FILES:
-            raise InvalidRequest(
-                f"Unexpected file {name[:80]!r}. Send `{'` and `'.join(ADAPTER_FILES)}`.", param="file"
-            )
-    hashes = []
-    for name in ADAPTER_FILES:
-        if name not in by_name:
-            raise MissingParameter(f"The file `{name}` is missing.", param="file")
-        with (folder / name).open("wb") as target:
-            for chunk in by_name[name].chunks():
-                target.write(chunk)
-        hashes.append(by_name[name].sha256())
-    return hashes
-
-
-def _base_named_in(folder: Path) -> str:
-    """The base that an adapter's config names."""
-    try:
-        base = json.loads((folder / ADAPTER_FILES[0]).read_bytes())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str):
-        raise MissingParameter("Say which `base` the adapter is for; its config does not name one.", param="base")
-    return base
