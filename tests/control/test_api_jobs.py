@@ -14,6 +14,7 @@ from tuneloom.domain import (
     Estimate,
     Model,
     Setting,
+    TrainOptions,
     Usage,
     Version,
     model_id,
@@ -105,7 +106,7 @@ def test_an_alias_is_trained_on_its_base_and_shown_as_it_was_asked_for(api):
         ({"seed": "1"}, "seed", "integer"),
         ({"metadata": {"a": 1}}, "metadata.a", "string"),
         ({"metadata": {"a": "x" * 513}}, "metadata.a", "512"),
-        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "16"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "at most 16 items."),
         ({"tuneloom": {"packing": "yes"}}, "tuneloom.packing", "'auto', true or false"),
         ({"tuneloom": {"packing": 2}}, "tuneloom.packing", "'auto', true or false"),
         ({"tuneloom": {"target_modules": []}}, "tuneloom.target_modules", "is empty"),
@@ -120,6 +121,14 @@ def test_what_a_job_may_not_be_is_named(api, body, param, text):
     whole = {"model": BASE, "training_file": api.upload(), **body}
     assert_error(api.post(JOBS, json=whole), 400, param, text)
     assert api.store.records.jobs.query() == []
+
+
+def test_what_a_job_resolves_itself_may_be_asked_for_as_auto(api):
+    names = ("rank", "alpha", "learning_rate", "warmup_steps", "accumulation_steps", "max_length")
+    job = api.create_job(tuneloom={**dict.fromkeys(names, "auto"), "dropout": 0.1})
+    assert job["tuneloom"]["options"] == TrainOptions(dropout=0.1).model_dump(mode="json")
+    named = api.create_job(tuneloom={"target_modules": ["q_proj"], "rank": 4})["tuneloom"]["options"]
+    assert (named["target_modules"], named["rank"]) == (["q_proj"], 4)
 
 
 def test_the_two_forms_of_hyperparameters_must_agree(api):

@@ -72,6 +72,7 @@ def _explain(first: ErrorDetails) -> InvalidRequest:
         return MissingParameter(f"Missing required parameter: `{param}`.", param=param)
     if kind == "extra_forbidden":
         return UnknownParameter(f"Unknown parameter: `{param[:100]}`.", param=param[:100])
+    message = message.partition(" after validation, not ")[0].replace("Dictionary", "Input")
     wrong = InvalidType if kind == "wrong_type" or kind.endswith(("_type", "_from_float")) else InvalidRequest
     return wrong(f"Invalid `{param}`: {message[0].lower()}{message[1:].rstrip('.')}.", param=param)
 

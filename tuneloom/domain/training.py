@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
 
 from tuneloom.domain.values import AdapterRef
@@ -72,6 +72,14 @@ class TrainOptions(BaseModel):
     warm_start: str | None = Field(
         None, min_length=1, description="name of a Version or checkpoint whose adapter is trained on"
     )
+
+    @field_validator(
+        "rank", "alpha", "learning_rate", "warmup_steps", "accumulation_steps", "max_length", mode="before"
+    )
+    @classmethod
+    def _auto_is_null(cls, value: Any) -> Any:
+        """What is resolved may be asked for as `auto`, as with OpenAI's settings."""
+        return None if value == "auto" else value
 
 
 class WandbIntegration(BaseModel):
