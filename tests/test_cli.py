@@ -178,7 +178,10 @@ def test_all_keys_of_an_owner_are_revoked_at_once(shell: Shell):
     assert shell("keys", "list", "--json") == 0
     ended = {(key["owner"], key["revoked_at"] is not None) for key in json.loads(shell.out)}
     assert ended == {("ada", True), ("bob", False)}
-    assert shell("keys", "revoke", "--owner", "ada") == 0 and (shell.out, shell.err) == ("", "no keys of ada that work\n")
+    assert shell("keys", "revoke", "--owner", "ada") == 0 and (shell.out, shell.err) == (
+        "",
+        "no keys of ada that work\n",
+    )
     for arguments in ([], ["key_x", "--owner", "ada"]):
         assert shell("keys", "revoke", *arguments) == 1 and "`--owner`" in shell.err
 
