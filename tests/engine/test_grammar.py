@@ -40,5 +40,5 @@ def test_plain_schemas_are_grammars():
 
 def test_alternatives_that_overlap_are_refused_in_the_words_of_schemas() -> None:
     schema = json.dumps({"oneOf": [{"type": "number"}, {"type": "integer"}]})
-    with pytest.raises(InvalidRequest, match="alternatives of a `oneOf` are not told apart. Use `anyOf`"):
+    with pytest.raises(InvalidRequest, match="alternatives of a `oneOf` are not told apart"):
         json_schema_grammar(schema)
