@@ -148,10 +148,10 @@ class JobsApi:
             told = outbox.job_ended(self._records, stored.value, after, now)
             entry = audit.of_job(audit.actor_of(request), after, participle)
             used = job_over(self._records, stored.value, after, now)
-            place = [self._new.place_in_queue(who.owner, self._max_queued(request))] if participle == "resumed" else []
-            self._records.commit(
-                self._records.jobs.replace(stored, after), self._records.events.create(line), *told, *used, *place, entry
-            )
+            writes = [self._records.jobs.replace(stored, after), self._records.events.create(line), entry]
+            if participle == "resumed":
+                writes.append(self._new.place_in_queue(who.owner, self._max_queued(request)))
+            self._records.commit(*writes, *told, *used)
             return after
 
         async with self._locks.of(who.owner):
