@@ -84,7 +84,11 @@ def test_a_job_brings_the_first_key_of_its_model_if_asked(api):
     shown = api.get(f"{JOBS}/{job['id']}", key=ADA).text
     assert "key" not in api.get(f"{JOBS}/{job['id']}", key=ADA).json()["tuneloom"] and made["secret"] not in shown
     log = api.get("/v1/tuneloom/audit", key=ADA)
-    assert [entry["type"] for entry in log.json()["data"]] == ["api_key.created", "fine_tuning.job.created"]
+    assert [entry["type"] for entry in log.json()["data"]] == [
+        "api_key.created",
+        "fine_tuning.job.created",
+        "file.created",
+    ]
     assert made["secret"] not in log.text
 
     # The model has a key: another one is made by who asks for it. Without a suffix each job has a model of its own.
