@@ -34,7 +34,7 @@ down:
 demo: up
 	@exports=$$($(BIN)/tuneloom env) && eval "$$exports" && $(BIN)/python -u examples/headlines.py
 
-# Two at a time: one has the Ray clusters, which mostly wait. `make test IN_PARALLEL=` runs one after another.
+# Two at a time: one begins with tests/e2e, the other with the rest. `make test IN_PARALLEL=` runs one after another.
 IN_PARALLEL ?= -n 2 --no-loadscope-reorder
 
 # The real servers that tests talk to: installed here if they are missing, started and ended by the tests.

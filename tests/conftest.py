@@ -17,14 +17,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+# As workers have it: importing PEFT takes four seconds less.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from tests.parts import servers
+from tests.store import durability as durability
 from tests.store import firestore_indexes
 from tests.tiny import make_adapter, make_base
 from tuneloom.store.sqlite import SqliteDocuments
 
 PARTS = {"firestore_server", "gcs_server", "redis_server", "auth_server"}
-CLUSTER = re.compile(r"tests/(e2e/|.*test_(\w*cluster|replicas)\.py)")
+E2E = "tests/e2e/"
+CLUSTER = re.compile(rf"{E2E}|tests/.+/test_(cluster|replicas)\.py")
+# Of tests/e2e, in this order: the first ends the cluster that most share, the others have clusters of their own.
+LAST = ("test_power_cuts", "test_cloud", "test_modes")
 # What stands on the parts, or beside them where several owners share a service.
 CLOUD = re.compile(
     r"firestore|gcs|copy|cloud|firebase|key|audit|limit|usage|webhook|outbound|draft|tenants|control/test_isolation"
@@ -34,23 +40,29 @@ CLOUD = re.compile(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`-m cloud` selects what needs a part, and what goes with it; `-m cluster` what has a Ray cluster.
 
-    The latter comes first: it takes longest.
+    tests/e2e comes first: it takes longest.
     """
     for item in items:
         if PARTS & set(getattr(item, "fixturenames", ())) or CLOUD.search(f"{item.path.parent.name}/{item.path.stem}"):
             item.add_marker("cloud")
         if CLUSTER.match(item.nodeid):
             item.add_marker("cluster")
-    items.sort(key=lambda item: not CLUSTER.match(item.nodeid))
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    if not item.nodeid.startswith(E2E):
+        return len(LAST) + 1
+    return LAST.index(item.path.stem) + 1 if item.path.stem in LAST else 0
 
 
 class _Lanes(LoadScopeScheduling):
-    """For several workers: a file stays with one of them, for the sake of its fixtures, and so does all that has a Ray
-    cluster, since clusters beside each other would starve.
+    """For several workers: a file stays with one of them, for the sake of its fixtures, and so does tests/e2e, whose
+    files share a cluster. What else has a cluster comes in its turn.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "cluster" if CLUSTER.match(nodeid) else nodeid.partition("::")[0]
+        return E2E if nodeid.startswith(E2E) else nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Lanes:

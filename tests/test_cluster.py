@@ -1,4 +1,4 @@
-"""The local cluster: found by its mark, stopped whole, brought up again after anything, alone among others."""
+"""The local cluster: found by its mark, stopped whole, started beside others. On a real one: tests/e2e/test_up.py."""
 
 import contextlib
 import http.server
@@ -9,7 +9,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,12 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-import httpx
-import psutil
 import pytest
 import yaml
 
-from tuneloom import bases, cluster, config, ports, up
+from tuneloom import cluster, config, ports, up
 from tuneloom.cluster import ClusterError, ClusterState
 from tuneloom.config import BaseSettings, DraftingSettings, Settings
 from tuneloom.control import audit, keys
@@ -30,7 +27,6 @@ from tuneloom.serve.guard import PROXY_ENVIRONMENT
 from tuneloom.store import open_store
 
 BASE = "tiny/llama"
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture
@@ -103,9 +99,10 @@ def test_a_process_that_has_lost_its_parent_is_still_found(spawn, tmp_path: Path
 def test_a_process_that_ignores_sigterm_is_killed(spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cluster, "STOP_GRACE_S", 0.5)
     stubborn = spawn(
-        tmp_path, "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('set'); time.sleep(60)"
+        tmp_path,
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('set', flush=True); time.sleep(60)",
     )
-    time.sleep(0.3)
+    assert stubborn.stdout.readline() == b"set\n"
     cluster.stop(tmp_path)
     assert stubborn.poll() is not None
 
@@ -292,69 +289,6 @@ def test_what_changed_in_the_settings_since_they_were_deployed_is_named(tmp_path
     assert up.unused_parts(changed, up._remember(changed, state, is_new=False)) == ("gateway",), "at the start"
 
 
-# On a real cluster. One after another they take one installation through its days.
-
-
-class Home:
-    """An installation with a tiny base, driven by its command line as from a stranger's shell."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def run(self, *arguments: str, timeout_s: float = 560, **extra: str) -> subprocess.CompletedProcess:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNELOOM_", "OPENAI_"))}
-        command = [sys.executable, "-m", "tuneloom.cli", "--home", str(self.path), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env={**inherited, **extra})
-
-    def succeed(self, *arguments: str, **options) -> str:
-        done = self.run(*arguments, **options)
-        assert done.returncode == 0, f"{arguments}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
-
-    @property
-    def state(self) -> ClusterState:
-        state = cluster.read_state(self.path)
-        assert state is not None
-        return state
-
-    def exports(self, *options: str) -> dict[str, str]:
-        """What `eval "$(tuneloom env)"` puts into a shell."""
-        lines = self.succeed("env", *options)
-        script = f"{lines}\n{sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
-        shell = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=30)
-        return json.loads(shell.stdout)
-
-    def answers(self) -> bool:
-        exports = self.exports()
-        answer = httpx.post(
-            f"{exports['OPENAI_BASE_URL']}/chat/completions",
-            json={"model": BASE, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
-            headers={"Authorization": f"Bearer {exports['OPENAI_API_KEY']}"},
-            timeout=60,
-            trust_env=False,
-        )
-        return answer.status_code == 200
-
-
-@pytest.fixture(scope="module")
-def home(tiny_base: Path) -> Iterator[Home]:
-    # A short path: Ray's sockets live below it.
-    folder = Path(tempfile.mkdtemp(prefix="tl-"))
-    home = Home(folder / "h")
-    bases.add_folder(home.path / "bases", tiny_base, BASE)
-    settings = {
-        "bases": [{"id": BASE, "engine": {"dtype": "fp32", "threads": 1}}],
-        "base_aliases": {config.DEFAULT_BASE: BASE},
-        "gateway": {"port": 0},
-    }
-    (home.path / "config.yaml").write_text(yaml.safe_dump(settings))
-    try:
-        yield home
-    finally:
-        home.run("down")
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.fixture
 def local_server() -> Iterator:
     """A dashboard and an API in one, which answer each path with what is given for it; the paths that were asked."""
@@ -402,138 +336,3 @@ def test_bringing_up_neither_waits_for_a_base_that_runs_only_while_used_nor_star
     with pytest.raises(ClusterError, match="No answer in time"):
         up._await_answers(only_rare, state, "key", said.append, time.monotonic() + 0.5)
     assert asked.count("/v1/chat/completions") == 1
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_up_ends_with_an_answer_a_key_and_the_way_to_use_them(home: Home):
-    output = home.succeed("up", RAY_ADDRESS="10.255.255.1:6379")  # a foreign cluster in the shell means nothing
-
-    assert f"{home.state.api_url}/v1" in output and home.state.dashboard_url in output
-    key = (home.path / up.KEY_FILE).read_text().strip()
-    assert output.count(key) == 1
-    assert home.answers()
-    assert home.exports()["OPENAI_API_KEY"] == key
-
-    report = json.loads(home.succeed("status", "--json"))
-    assert report["running"] and report["problem"] is None
-    assert {"gateway", "control", "base-tiny-llama"} <= report["applications"].keys()
-    assert [base["id"] for base in report["bases"]] == [BASE]
-    assert "running at" in home.succeed("status")
-
-
-@pytest.mark.cluster
-def test_a_second_up_says_that_it_is_running_and_touches_nothing(home: Home):
-    before = {process.pid for process in cluster.processes(home.path)}
-    output = home.succeed("up")
-    assert "running already" in output
-    assert "admin key" not in output
-    assert before <= {process.pid for process in cluster.processes(home.path)}
-
-
-@pytest.mark.cluster
-def test_a_second_up_says_which_settings_it_does_not_apply(home: Home):
-    assert "settings have changed" not in home.succeed("up") + home.succeed("status")
-    path = home.path / "config.yaml"
-    before = path.read_text()
-    try:
-        path.write_text(yaml.safe_dump({**yaml.safe_load(before), "usage": {"retention_days": 300}}))
-        for command in ("up", "status"):
-            assert "settings have changed (`usage`)" in home.succeed(command)
-        assert json.loads(home.succeed("status", "--json"))["unused_settings"] == ["usage"]
-    finally:
-        path.write_text(before)
-
-
-@pytest.mark.cluster
-def test_the_dashboard_needs_the_token_and_listens_on_loopback(home: Home):
-    url = f"{home.state.dashboard_url}/api/jobs/"
-    assert httpx.get(url, trust_env=False).status_code == 401
-    exports = home.exports("--ray")
-    token = Path(exports["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
-    assert httpx.get(url, headers={"Authorization": f"Bearer {token}"}, trust_env=False).status_code == 200
-
-    port = home.state.dashboard_port
-    listening = [c for p in cluster.processes(home.path) for c in p.net_connections("tcp") if c.status == "LISTEN"]
-    assert {c.laddr.ip for c in listening if c.laddr.port == port} == {"127.0.0.1"}
-    assert {c.laddr.ip for c in listening if c.laddr.port == home.state.port} == {"127.0.0.1"}
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(400)
-def test_the_example_scripts_run_as_they_are(home: Home):
-    environment = home.exports()
-
-    def run(*command: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *command], env=environment, cwd=EXAMPLES, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        return done.stdout
-
-    assert "succeeded ft:tiny/llama:local:parity:" in run("finetune.py")
-    assert " tokens in, " in run("stream.py", "parity@v1", "Is 42 even?")
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_after_a_power_cut_up_brings_back_the_same_keys(home: Home):
-    key = home.exports()["OPENAI_API_KEY"]
-    for process in cluster.processes(home.path):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    status = home.run("status")
-    assert status.returncode == 3 and "its processes have ended" in status.stdout
-
-    output = home.succeed("up")
-    assert "admin key" not in output
-    assert home.exports()["OPENAI_API_KEY"] == key
-    assert home.answers()
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_another_cluster_of_the_host_lives_beside_it_and_down_leaves_it_alone(home: Home):
-    with foreign_cluster() as foreign:
-        started = time.monotonic()
-        home.succeed("down")
-        assert time.monotonic() - started < 30
-        assert not cluster.processes(home.path)
-        assert foreign.is_running()
-
-        assert home.run("status").returncode == 3
-        assert home.run("env").returncode == 3
-        assert "nothing was running" in home.succeed("down")
-
-        home.succeed("up")
-        assert home.answers()
-        assert foreign.is_running()
-
-
-@contextlib.contextmanager
-def foreign_cluster() -> Iterator[psutil.Process]:
-    """A small Ray cluster as somebody else would start it: in a folder, on ports and under rules of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="fo-"))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNELOOM_"))}
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "FOREIGN": str(folder)}
-    gcs, client, agent = (str(port) for port in ports.free_ports(3))
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--include-dashboard", "false"]
-    command += ["--port", gcs, "--ray-client-server-port", client, "--dashboard-agent-listen-port", agent]
-    command += ["--temp-dir", str(folder), "--num-cpus", "1", "--object-store-memory", str(80 << 20)]
-    try:
-        subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, start_new_session=True)
-        yield next(process for process in _foreign(folder) if "gcs_server" in " ".join(process.cmdline()))
-    finally:
-        for process in _foreign(folder):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _foreign(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("FOREIGN") == str(folder):
-                found.append(process)
-    return found

@@ -1,5 +1,6 @@
-"""One real local cluster for the whole folder, started and ended by the command line as a user would."""
+"""Real local clusters, started and ended by the command line as a user would; one of them for most of the folder."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import pytest
 import yaml
 
 from tests.tiny import make_base
-from tuneloom import bases, cluster, up
+from tuneloom import bases, cluster, config, up
 
 BASE = "tiny/llama"
 ALIAS = "gpt-4o-mini-2024-07-18"
@@ -29,15 +30,22 @@ COMMAND_TIMEOUT_S = 420
 
 @dataclass
 class Home:
-    """A tuneloom installation in a folder of its own, driven by its command line."""
+    """A tuneloom installation in a folder of its own, driven by its command line. `said`: by the first `up`."""
 
     path: Path
+    said: str = ""
 
-    def run(self, *arguments: str, check: bool = True, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+    def call(self, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        """A command as from a stranger's shell, which has `extra` in its environment."""
         command = [sys.executable, "-m", "tuneloom.cli", "--home", str(self.path), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment())
-        if check:
-            assert done.returncode == 0, f"{arguments}: {done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, env=environment() | extra
+        )
+
+    def run(self, *arguments: str, **extra: str) -> str:
+        """What a command says that ends well."""
+        done = self.call(*arguments, **extra)
+        assert done.returncode == 0, f"{arguments}: {done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout
 
     @property
@@ -96,6 +104,14 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNELOOM_", "OPENAI_"))}
 
 
+def exports(home: Home, *options: str) -> dict[str, str]:
+    """What `eval "$(tuneloom env)"` puts into a shell."""
+    lines = home.run("env", *options)
+    script = f"{lines}\n{sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
+    shell = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=30)
+    return json.loads(shell.stdout)
+
+
 def wait_for(what: str, check: Callable[[], Any], timeout_s: float = 120.0, every_s: float = 0.25) -> Any:
     """The first true value of `check`; connection errors count as not yet."""
     deadline = time.monotonic() + timeout_s
@@ -129,29 +145,38 @@ def make_home(path: Path, **settings: Any) -> Home:
     path.mkdir(parents=True, exist_ok=True)
     source = make_base(path / "source", max_length=8192)
     bases.add_folder(path / "bases", source, BASE)
-    config = {
+    written = {
         "bases": [{"id": BASE, "engine": {"dtype": "fp32", "max_sequences": 16, "adapter_slots": 4, "threads": 1}}],
-        "base_aliases": {ALIAS: BASE},
+        "base_aliases": {ALIAS: BASE, config.DEFAULT_BASE: BASE},
         "gateway": {"port": 0},
-        "train": {"threads": 1, "checkpoint_interval_s": 600},
+        # Other tests run beside these.
+        "train": {"threads": 1, "niceness": 0, "checkpoint_interval_s": 600},
         "webhooks": {"allow_private": True},
         **settings,
     }
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    (path / "config.yaml").write_text(yaml.safe_dump(written))
     return home
+
+
+@contextlib.contextmanager
+def running(**settings: Any) -> Iterator[Home]:
+    """A new installation, with everything up."""
+    # A short path: Ray's sockets live below it.
+    folder = Path(tempfile.mkdtemp(prefix="tl-"))
+    home = make_home(folder / "h", **settings)
+    try:
+        # A foreign cluster in the shell means nothing.
+        home.said = home.run("up", RAY_ADDRESS="10.255.255.1:6379")
+        yield home
+    finally:
+        home.call("down")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="package")
 def home() -> Iterator[Home]:
-    # A short path: Ray's sockets live below it.
-    folder = Path(tempfile.mkdtemp(prefix="tl-"))
-    home = make_home(folder / "h")
-    try:
-        home.run("up")
+    with running() as home:
         yield home
-    finally:
-        home.run("down", check=False)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

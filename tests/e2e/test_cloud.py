@@ -1,12 +1,12 @@
 """The life cycle on the cloud pair: records in Firestore, blobs in a bucket, through the plain client only.
 
-A cluster of its own, since its home names other stores; the servers are processes of this test run.
+A cluster of its own, since its home names other stores; the servers are processes of this test run. Its gateways stand
+behind HAProxy, so the tests of that mode are here too.
 """
 
 import csv
 import io
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from tests.e2e.conftest import (
     BASE,
     Home,
     all_events,
-    make_home,
     rows_jsonl,
+    running,
     start_job,
     steps_of,
     wait_for,
     wait_for_job,
 )
+from tests.e2e.modes import BOT, Modes
 from tests.e2e.test_life_cycle import ask
 from tests.parts import servers
+from tests.tiny import make_adapter
 from tuneloom import config
 from tuneloom.store import Store, open_store
 
@@ -42,14 +44,9 @@ def cloud_home(firestore_server: servers.Server, gcs_server: servers.Server) -> 
     """An installation whose cluster learns from the environment of `tuneloom up` where the servers are."""
     url = f"http://{gcs_server.address}/storage/v1/b"
     httpx.post(url, json={"name": BUCKET}, timeout=10, trust_env=False).raise_for_status()
-    folder = Path(tempfile.mkdtemp(prefix="tl-"))
-    home = make_home(folder / "h", documents_url=f"firestore:{PROJECT}", blobs_url=f"gs://{BUCKET}/home")
-    try:
-        home.run("up")
+    cloud = {"documents_url": f"firestore:{PROJECT}", "blobs_url": f"gs://{BUCKET}/home"}
+    with running(**cloud, gateway={"port": 0, "mode": "haproxy", "replicas": 2}) as home:
         yield home
-    finally:
-        home.run("down", check=False)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -65,9 +62,7 @@ def store(cloud_home: Home) -> Iterator[Store]:
     opened.close()
 
 
-def test_a_file_becomes_versions_that_answer_and_go(
-    cloud_home: Home, client: openai.OpenAI, store: Store, tmp_path: Path
-) -> None:
+def test_a_file_becomes_a_version_that_answers(cloud_home: Home, client: openai.OpenAI, tmp_path: Path) -> None:
     first = start_job(client, rows_jsonl(60), suffix="bot", epochs=3, checkpoint_every_steps=15)
     done = wait_for_job(client, first.id, "succeeded")
 
@@ -85,31 +80,15 @@ def test_a_file_becomes_versions_that_answer_and_go(
     assert ask(client, done.fine_tuned_model) == serious
     assert ask(client, checkpoints[0].fine_tuned_model_checkpoint)
 
-    cloud_home.run("models", "download", "bot@v1", "--to", str(tmp_path / "bot"))
+    cloud_home.run("models", "export", "bot@v1", "--to", str(tmp_path / "bot"))
     assert (tmp_path / "bot" / "adapter_model.safetensors").stat().st_size > 1000
     assert "FAIL" not in cloud_home.run("verify", "bot@v1")
 
-    second = start_job(client, rows_jsonl(60, answer="satire"), suffix="bot", epochs=3)
-    wait_for_job(client, second.id, "succeeded")
-    assert ask(client, "bot@v2").startswith("satire")
-    assert ask(client, "bot") == ask(client, "bot@v1") == serious
-    cloud_home.run("models", "activate", "bot@v2")
-    wait_for("the second version", lambda: ask(client, "bot").startswith("satire"), timeout_s=10)
-    assert {BASE, "bot", "bot@v1", "bot@v2"} <= {model.id for model in client.models.list()}
 
-    # All of it is in the cloud, and nothing of it in the home.
-    assert not (cloud_home.path / "blobs").exists() and not list(cloud_home.path.glob("*.db"))
-    adapters = [stored.value.adapter.uri for stored in store.records.versions.query()]
-    assert len(adapters) == 2 and all(store.blobs.list(uri) for uri in adapters)
-
-    assert client.models.delete("bot").deleted
-    with pytest.raises(openai.NotFoundError):
-        ask(client, "bot@v1")
-    wait_for("the adapters to be gone", lambda: not any(store.blobs.list(uri) for uri in adapters), timeout_s=30)
-
-
-def test_a_paused_job_goes_on_where_it_was(cloud_home: Home, client: openai.OpenAI, store: Store) -> None:
-    job = start_job(client, rows_jsonl(80), suffix="paused", epochs=4)
+def test_a_paused_job_goes_on_where_it_was_to_the_second_version(
+    cloud_home: Home, client: openai.OpenAI, store: Store
+) -> None:
+    job = start_job(client, rows_jsonl(80, answer="satire"), suffix="bot", epochs=4)
     wait_for("ten steps", lambda: len(steps_of(all_events(client, job.id))) >= 10, timeout_s=180)
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     states = wait_for("its state in the bucket", lambda: store.blobs.list(f"jobs/{job.id}/states"), timeout_s=30)
@@ -123,6 +102,32 @@ def test_a_paused_job_goes_on_where_it_was(cloud_home: Home, client: openai.Open
     wait_for_job(client, job.id, "succeeded")
     assert steps_of(all_events(client, job.id)) == list(range(1, 81))
     wait_for("its states to go", lambda: not store.blobs.list(f"jobs/{job.id}/states"), timeout_s=60)
+
+
+def test_versions_are_activated_and_go_with_their_model(cloud_home: Home, client: openai.OpenAI, store: Store) -> None:
+    assert ask(client, "bot@v2").startswith("satire")
+    assert ask(client, "bot") == ask(client, "bot@v1")
+    assert ask(client, "bot").startswith("serious")
+    cloud_home.run("models", "activate", "bot@v2")
+    wait_for("the second version", lambda: ask(client, "bot").startswith("satire"), timeout_s=30)
+    assert {BASE, "bot", "bot@v1", "bot@v2"} <= {model.id for model in client.models.list()}
+
+    # All of it is in the cloud, and nothing of it in the home.
+    assert not (cloud_home.path / "blobs").exists() and not list(cloud_home.path.glob("*.db"))
+    adapters = [stored.value.adapter.uri for stored in store.records.versions.query()]
+    assert len(adapters) == 2 and all(store.blobs.list(uri) for uri in adapters)
+
+    assert client.models.delete("bot").deleted
+
+    def is_unknown() -> bool:
+        try:
+            ask(client, "bot@v1")
+        except openai.NotFoundError:
+            return True
+        return False
+
+    wait_for("both gateways to know it", lambda: all(is_unknown() for _ in range(8)), timeout_s=30)
+    wait_for("the adapters to be gone", lambda: not any(store.blobs.list(uri) for uri in adapters), timeout_s=30)
 
 
 def test_a_cancelled_job_ends_and_its_file_can_be_deleted(client: openai.OpenAI, store: Store) -> None:
@@ -141,6 +146,14 @@ def test_a_cancelled_job_ends_and_its_file_can_be_deleted(client: openai.OpenAI,
     assert store.blobs.find(blob) is None
     with pytest.raises(openai.NotFoundError):
         client.files.content(job.training_file)
+
+
+class TestHaproxy(Modes):
+    @pytest.fixture(scope="class")
+    def served(self, cloud_home: Home, tmp_path_factory: pytest.TempPathFactory) -> Home:
+        adapter = make_adapter(tmp_path_factory.mktemp("modes") / "bot", cloud_home.path / "source", seed=3, rank=4)
+        cloud_home.run("models", "import", str(adapter), "--name", BOT)
+        return cloud_home
 
 
 def test_the_whole_installation_can_be_taken_home(cloud_home: Home, store: Store, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ REPLICA = {
     "driver": ("-m", "tuneloom.train"),
     "worker": ("RayTrainWorker",),
 }
-EPOCHS, ROWS = 24, 100
+EPOCHS, ROWS = 16, 100
 TOTAL_STEPS = EPOCHS * ROWS // 4
 
 
@@ -61,8 +61,8 @@ def check_ended_well(client: openai.OpenAI, job_id: str, suffix: str) -> None:
 @pytest.mark.parametrize(
     "deaths",
     [
-        [(1, "worker"), (150, "driver"), (300, "control"), (450, "ingress")],
-        [(1, "ingress"), (150, "control"), (300, "worker"), (450, "driver")],
+        [(1, "worker"), (80, "driver"), (160, "control"), (240, "ingress")],
+        [(1, "ingress"), (80, "control"), (160, "worker"), (240, "driver")],
     ],
     ids=lambda deaths: "-".join(victim for _, victim in deaths),
 )
@@ -76,10 +76,6 @@ def test_a_job_survives_the_death_of_each_process_at_several_points(home: Home, 
 
     check_ended_well(client, job.id, suffix)
     wait_for("an answer", lambda: answers(home), 60)
-
-
-def ids_of(client: openai.OpenAI, job_id: str) -> set[str]:
-    return {event.id for event in all_events(client, job_id)}
 
 
 def num_steps(client: openai.OpenAI, job_id: str) -> int:
@@ -105,13 +101,18 @@ def stream(home: Home, tokens: int = 400) -> Iterator[Any]:
     )
 
 
-@pytest.mark.parametrize("victim", ["base", "ingress"])
-@pytest.mark.parametrize("after_chunks", [1, 10])
-def test_streams_of_a_killed_replica_end_in_an_error_event(home: Home, victim: str, after_chunks: int) -> None:
+def is_back(home: Home) -> None:
+    """The service answers, and says so, within a minute."""
     wait_for("an answer", lambda: answers(home), 60)
+    wait_for("ready", lambda: is_ready(home), 60)
+
+
+@pytest.mark.parametrize("victim", ["base", "ingress"])
+def test_streams_of_a_killed_replica_end_in_an_error_event_and_it_is_back_within_60_s(home: Home, victim: str) -> None:
+    is_back(home)
     # So long that none is over before the kill.
     streams = [stream(home, tokens=7000) for _ in range(4)]
-    for open_stream in streams:
+    for open_stream, after_chunks in zip(streams, (1, 1, 10, 10), strict=True):
         for _ in range(after_chunks):
             next(open_stream)
 
@@ -122,11 +123,11 @@ def test_streams_of_a_killed_replica_end_in_an_error_event(home: Home, victim: s
             for _ in open_stream:
                 pass
         assert not isinstance(error.value, openai.APIConnectionError), "the stream broke without an error event"
-    wait_for("an answer", lambda: answers(home), 60)
+    is_back(home)
 
 
-def test_streams_do_not_notice_the_death_of_control(home: Home) -> None:
-    wait_for("an answer", lambda: answers(home), 60)
+def test_streams_do_not_notice_the_death_of_control_and_it_is_back_within_60_s(home: Home) -> None:
+    is_back(home)
     streams = [stream(home) for _ in range(4)]
     for open_stream in streams:
         next(open_stream)
@@ -135,33 +136,7 @@ def test_streams_do_not_notice_the_death_of_control(home: Home) -> None:
 
     for open_stream in streams:
         assert [chunk.choices[0].finish_reason for chunk in open_stream][-1] == "length"
-
-
-def test_the_service_answers_again_within_60_s_after_each_replica_is_killed(home: Home) -> None:
-    for victim in ("ingress", "base", "control"):
-        home.kill(*REPLICA[victim])
-        wait_for(f"an answer after {victim}", lambda: answers(home), 60)
-        wait_for(f"ready after {victim}", lambda: is_ready(home), 60)
-
-
-def test_power_cuts_lose_nothing(home: Home) -> None:
-    client = home.client(max_retries=8)
-    kept = client.files.create(file=("kept.jsonl", rows_jsonl(10)), purpose="fine-tune")
-    job = start_job(client, rows_jsonl(ROWS), suffix="power", epochs=EPOCHS, checkpoint_every_steps=25)
-    for step in (1, 300):
-        wait_for(f"step {step}", functools.partial(has_reached, client, job.id, step), 240, 0.1)
-        seen = ids_of(client, job.id)
-
-        home.kill()
-        wait_for("all dead", lambda: not home.pids(), 20)
-        home.run("up")
-
-        client = home.client(max_retries=8)
-        assert client.files.content(kept.id).read() == rows_jsonl(10)
-        assert seen <= ids_of(client, job.id)
-    check_ended_well(client, job.id, "power")
-    resumed = [event.message for event in all_events(client, job.id) if "resumed at step" in event.message]
-    assert any(int(message.rpartition(" ")[2]) >= 275 for message in resumed), resumed
+    is_back(home)
 
 
 def test_a_closed_stream_frees_its_place(home: Home) -> None:

@@ -1,91 +1,20 @@
-"""The gateway's other modes on clusters of their own: what a client sees is what it sees in the default one."""
+"""The gateway's mode for throughput, on a cluster of its own. HAProxy's is the one of the cloud pair: test_cloud.py."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
-import httpx
-import openai
 import pytest
 
-from tests.e2e.conftest import BASE, Home, make_home, wait_for
+from tests.e2e.conftest import Home, running
+from tests.e2e.modes import BOT, Modes
 from tests.tiny import make_adapter
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-HI = [{"role": "user", "content": "hello"}]
-LONG = {"model": BASE, "messages": HI, "n": 16, "max_tokens": 4000, "logit_bias": {"2": -100}}
 
 
-@pytest.fixture(scope="module", params=["haproxy", "throughput"])
-def running(request: pytest.FixtureRequest) -> Iterator[Home]:
-    folder = Path(tempfile.mkdtemp(prefix="tl-"))
-    home = make_home(folder / "h", gateway={"port": 0, "mode": request.param, "replicas": 2})
-    try:
-        home.run("up")
-        adapter = make_adapter(folder / "adapter", home.path / "source", seed=3, rank=4)
-        home.run("models", "import", str(adapter), "--name", "bot")
-        yield home
-    finally:
-        home.run("down", check=False)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def running_sequences(home: Home) -> int:
-    answer = httpx.get(
-        f"{home.url}/tuneloom/bases", headers={"Authorization": f"Bearer {home.admin_key}"}, timeout=30
-    ).json()
-    return sum(replica["running"] for base in answer["data"] for replica in base["replicas"])
-
-
-def test_a_client_sees_no_difference(running: Home) -> None:
-    client = running.client()
-    answers = {}
-    for model in (BASE, "bot", "bot@v1"):
-        whole = client.chat.completions.create(model=model, messages=HI, temperature=0, max_tokens=12)
-        pieces = client.chat.completions.create(model=model, messages=HI, temperature=0, max_tokens=12, stream=True)
-        answers[model] = whole.choices[0].message.content
-        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == answers[model]
-    assert answers["bot"] == answers["bot@v1"] != answers[BASE]
-    with pytest.raises(openai.BadRequestError) as long:
-        client.chat.completions.create(model=BASE, messages=HI, max_tokens=50_000)
-    assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="absent", messages=HI)
-
-    large = [{"role": "user", "content": "dog " * 1_500_000}]
-    with pytest.raises(openai.BadRequestError) as larger:
-        client.chat.completions.create(model=BASE, messages=large, max_tokens=5)
-    assert larger.value.code == "context_length_exceeded", "6 MB reach the replica"
-
-
-def test_keys_and_serves_own_headers_are_checked_as_ever(running: Home) -> None:
-    def get(path: str, **headers: str) -> httpx.Response:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return httpx.get(f"{running.url}{path}", headers=named, timeout=30)
-
-    key = f"Bearer {running.admin_key}"
-    assert get("/models").status_code == 401
-    assert get("/models", authorization="Bearer sk-wrong").status_code == 401
-    found = get("/models", authorization=key, x_request_id="trace-1", x_session_id="a")
-    assert (found.status_code, found.headers.get_list("x-request-id")) == (200, ["trace-1"])
-    assert get("/models", authorization=key, x_request_timeout_seconds="0").status_code == 400
-
-
-def test_a_client_that_leaves_frees_its_slots(running: Home) -> None:
-    stream = running.client().chat.completions.create(**LONG, stream=True)
-    next(piece for piece in stream if piece.choices[0].delta.content)
-    wait_for("all to run", lambda: running_sequences(running) == 16, 20)
-    stream.close()
-    wait_for("none to run", lambda: running_sequences(running) == 0, 20)
-
-
-def test_what_a_killed_base_was_streaming_ends_in_an_error(running: Home) -> None:
-    stream = running.client(max_retries=0).chat.completions.create(**LONG, stream=True)
-    next(piece for piece in stream if piece.choices[0].delta.content)
-    running.kill("ServeReplica:base", "Base")
-    with pytest.raises(openai.APIError):
-        for _ in stream:
-            pass
-    client = running.client(max_retries=0)
-    wait_for("the base to be back", lambda: client.chat.completions.create(model=BASE, messages=HI, max_tokens=2), 90)
+class TestThroughput(Modes):
+    @pytest.fixture(scope="class")
+    def served(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+        with running(gateway={"port": 0, "mode": "throughput", "replicas": 2}) as home:
+            adapter = make_adapter(tmp_path_factory.mktemp("modes") / "bot", home.path / "source", seed=3, rank=4)
+            home.run("models", "import", str(adapter), "--name", BOT)
+            yield home
