@@ -148,12 +148,15 @@ def test_a_cancelled_job_ends_and_its_file_can_be_deleted(client: openai.OpenAI,
         client.files.content(job.training_file)
 
 
+@pytest.fixture(scope="module")
+def served(cloud_home: Home, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    adapter = make_adapter(tmp_path_factory.mktemp("modes") / "bot", cloud_home.path / "source", seed=3, rank=4)
+    cloud_home.run("models", "import", str(adapter), "--name", BOT)
+    return cloud_home
+
+
 class TestHaproxy(Modes):
-    @pytest.fixture(scope="class")
-    def served(self, cloud_home: Home, tmp_path_factory: pytest.TempPathFactory) -> Home:
-        adapter = make_adapter(tmp_path_factory.mktemp("modes") / "bot", cloud_home.path / "source", seed=3, rank=4)
-        cloud_home.run("models", "import", str(adapter), "--name", BOT)
-        return cloud_home
+    """Behind HAProxy."""
 
 
 def test_the_whole_installation_can_be_taken_home(cloud_home: Home, store: Store, tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ from tests.tiny import make_adapter
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    with running(gateway={"port": 0, "mode": "throughput", "replicas": 2}) as home:
+        adapter = make_adapter(tmp_path_factory.mktemp("modes") / "bot", home.path / "source", seed=3, rank=4)
+        home.run("models", "import", str(adapter), "--name", BOT)
+        yield home
+
+
 class TestThroughput(Modes):
-    @pytest.fixture(scope="class")
-    def served(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-        with running(gateway={"port": 0, "mode": "throughput", "replicas": 2}) as home:
-            adapter = make_adapter(tmp_path_factory.mktemp("modes") / "bot", home.path / "source", seed=3, rank=4)
-            home.run("models", "import", str(adapter), "--name", BOT)
-            yield home
+    """As many requests as possible through Serve's own proxy."""
