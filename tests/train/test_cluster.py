@@ -16,6 +16,7 @@ import yaml
 
 from tests.train.conftest import Lab, final_adapter, run
 from tuneloom.domain import TrainOptions
+from tuneloom.train.environment import WORKER_ENVIRONMENT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -31,6 +32,10 @@ def cluster() -> Iterator[dict[str, str]]:
         patch.setenv(name, value)
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # As `tuneloom up` has it.
+        patch.setenv("RAY_worker_niceness", "0")
+        for name, value in WORKER_ENVIRONMENT.items():
+            patch.setenv(name, value)
         import ray
 
         # Paths of sockets are short: pytest's own folders are too deep.
