@@ -17,6 +17,15 @@ def _auto_or_bool(value: Any, read: Any) -> Any:
         raise PydanticCustomError("choice", "Input should be 'auto', true or false") from error
 
 
+def _all_or_named(value: Any, read: Any) -> Any:
+    """None stands for all linear layers, and so do the word of other settings and that of PEFT."""
+    try:
+        named = read(tuple(value) if isinstance(value, list) else value)
+    except ValueError as error:
+        raise PydanticCustomError("choice", "Input should be a list of names, 'auto' or 'all-linear'") from error
+    return None if isinstance(named, str) else named
+
+
 class Hyperparameters(BaseModel):
     """OpenAI's; `auto` until resolved from the data and the base before the run starts. `beta` is that of DPO."""
 
@@ -38,7 +47,9 @@ class TrainOptions(BaseModel):
     rank: int | None = Field(None, ge=1, le=128)
     alpha: float | None = Field(None, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Annotated[tuple[str, ...] | Literal["auto", "all-linear"] | None, WrapValidator(_all_or_named)] = (
+        Field(None, description="linear layers that get an adapter; None: all but the head")
+    )
     modules_to_save: tuple[str, ...] | None = Field(
         None, description="layers to train whole beside the adapter: none, as no engine serves them"
     )
