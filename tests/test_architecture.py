@@ -44,6 +44,7 @@ ONLY_BY = {
         "tuneloom.train.agreement",
         "tuneloom.train.fidelity",
         "tuneloom.train.memory",
+        "tuneloom.train.models",
         "tuneloom.train.render",
     },
     ("control", "engine"): set(),

@@ -1,10 +1,13 @@
 """What a client sees of the gateway in any of its modes: what it sees in the default one."""
 
+import json
+
 import httpx
 import openai
 import pytest
 
 from tests.e2e.conftest import BASE, Home, wait_for
+from tuneloom.serve.flow import WINDOW_BYTES
 
 BOT = "clerk"
 HI = [{"role": "user", "content": "hello"}]
@@ -40,6 +43,14 @@ class Modes:
         with pytest.raises(openai.BadRequestError) as larger:
             client.chat.completions.create(model=BASE, messages=large, max_tokens=5)
         assert larger.value.code == "context_length_exceeded", "6 MB reach the replica"
+
+    def test_a_large_file_goes_up_and_comes_down_whole(self, served: Home) -> None:
+        row = json.dumps({"messages": [*HI, {"role": "assistant", "content": "x" * 10_000}]}).encode() + b"\n"
+        client = served.client()
+        file = client.files.create(file=("rows.jsonl", row * 1200), purpose="fine-tune")
+        assert file.bytes == 1200 * len(row) > 2 * WINDOW_BYTES
+        assert client.files.content(file.id).read() == row * 1200
+        client.files.delete(file.id)
 
     def test_keys_and_serves_own_headers_are_checked_as_ever(self, served: Home) -> None:
         def get(path: str, **headers: str) -> httpx.Response:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.train.conftest import (
     BASE_ID,
@@ -41,6 +42,18 @@ def test_an_unreadable_base_fails_with_its_name(lab: Lab) -> None:
     error = lab.progress(job.id).error
     assert error is not None and error.code == "base_unreadable"
     assert BASE_ID in error.message and str(lab.settings.home) not in error.message
+
+
+def test_a_base_that_lacks_a_weight_is_not_trained_with_random_numbers(lab: Lab) -> None:
+    job = lab.add_job()
+    weights = get_base(lab.settings.bases_dir, BASE_ID).path / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert run(lab, job.id) == "failed"
+    error = lab.progress(job.id).error
+    assert error is not None and error.code == "base_unreadable"
+    assert "`model.layers.0.mlp.up_proj.weight` is missing" in error.message
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "tokenizer_config.json"])

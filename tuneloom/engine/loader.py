@@ -5,7 +5,6 @@ Checkpoints are safetensors on local disk; no code of a base is run.
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +71,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidRequest(f"The base in {checkpoint.folder.name} cannot be loaded: {error}") from error
-    _check_whole(checkpoint.folder.name, report["missing_keys"], report["mismatched_keys"])
+    check_whole(checkpoint.folder.name, report)
     model = model.eval().requires_grad_(False)
     num_quantised = prepare_quantised(model, dtype)
     body = model.get_decoder()
@@ -93,10 +92,15 @@ def load_model(
     )
 
 
-def _check_whole(base: str, missing: set[str], mismatched: set[tuple[str, Sequence[int], Sequence[int]]]) -> None:
-    """What the files lack, transformers fills with random numbers."""
-    faults = [f"`{name}` is missing" for name in sorted(missing)]
-    faults += [f"`{name}` is {list(found)}, not {list(wanted)}" for name, found, wanted in sorted(mismatched)]
+def check_whole(base: str, report: dict[str, Any]) -> None:
+    """Refuse what transformers, by its `output_loading_info`, did not find in the files: it put random numbers there.
+
+    Raises:
+        InvalidRequest: it names the weights.
+    """
+    faults = [f"`{name}` is missing" for name in sorted(report["missing_keys"])]
+    mismatched = sorted(report["mismatched_keys"])
+    faults += [f"`{name}` is {list(found)}, not {list(wanted)}" for name, found, wanted in mismatched]
     if faults:
         more = f", and {len(faults) - 3} more are missing or do not fit" if len(faults) > 3 else ""
         raise InvalidRequest(

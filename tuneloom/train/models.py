@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tuneloom.bases import Base
+from tuneloom.engine.loader import check_whole
 from tuneloom.errors import InvalidRequest
 from tuneloom.train.failure import BaseUnreadable, is_out_of_memory
 from tuneloom.train.plan import Plan
@@ -39,11 +40,19 @@ def load_base(base: Base, plan: Plan, *, use_gpu: bool = False) -> PreTrainedMod
         BaseUnreadable: they do not load.
     """
     dtype = DTYPES[plan.precision]
-    how: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
     if plan.quantization != "none":
         how |= {"quantization_config": _quantised(plan, dtype), "device_map": "cuda:0" if use_gpu else "cpu"}
     try:
-        model = AutoModelForCausalLM.from_pretrained(base.path, **how)
+        model, report = AutoModelForCausalLM.from_pretrained(base.path, **how)
+        check_whole(base.id, report)
     except Exception as error:
         if is_out_of_memory(error):
             raise
