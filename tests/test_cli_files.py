@@ -192,7 +192,8 @@ def test_files_are_listed_uploaded_shown_and_deleted_by_the_api(
     tmp_path: Path,
 ):
     assert shell("files", "list") == 0
-    assert shell.out.splitlines()[1].split() == ["file-1", "1,234", "2023-11-14", "22:13:20", "fine-tune", "rows.jsonl"]
+    row = shell.out.splitlines()[1].split()
+    assert row == ["file-1", "1,234", "2023-11-14", "22:13:20Z", "fine-tune", "rows.jsonl"]
     assert shell("files", "upload", write(tmp_path / "rows.jsonl", ["{}"])) == 0 and shell.out == "file-1\n"
     assert shell("files", "show", "file-1") == 0 and json.loads(shell.out)["bytes"] == 1234
     assert shell("files", "delete", "file-1") == 0 and "deleted file-1" in shell.out
