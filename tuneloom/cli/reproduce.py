@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuneloom.cli.models import Owner, holder_of
 from tuneloom.cli.session import Api, open_store, read_settings
-from tuneloom.cli.verify import Owner, check_base, check_data, data_files, find_record
+from tuneloom.cli.verify import check_base, check_data, data_files
 from tuneloom.domain import LOCAL_OWNER
 from tuneloom.errors import Conflict, InvalidRequest, TuneloomError
 
@@ -40,7 +41,7 @@ def reproduce(
     # Somebody must run the job.
     Api(settings)
     with open_store(context) as store:
-        lineage = _lineage(store, find_record(store, owner, name))
+        lineage = _lineage(store, holder_of(store, owner, name))
         files = _check_ingredients(settings, store, owner, lineage)
         jobs = NewJobs(ApiContext(settings, store, Pepper((b"",)), lambda: None))
         job, writes = jobs.draft(owner, _spec(lineage, files), lineage.base.id)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
+from tuneloom.cli.models import Owner, holder_of
 from tuneloom.cli.session import open_store, read_settings
 from tuneloom.domain import LOCAL_OWNER
 from tuneloom.errors import InvalidRequest, ModelNotFound
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from tuneloom.domain import Checkpoint, Version
     from tuneloom.store import Store
     from tuneloom.store.lineage import BaseFacts, FileFacts, Lineage, Signed
-
-Owner = Annotated[str, typer.Option(help="Whose model.")]
 
 # What may stand beside an adapter's files, since nothing is loaded from it.
 TEXTS = frozenset({"README.md", "LICENSE"})
@@ -76,7 +75,7 @@ def checks_of(
         raise InvalidRequest(f"{folder} is a file. Unpack it, and give the folder.")
     if not folder.is_dir():
         with open_store(context) as store:
-            record = find_record(store, owner, name)
+            record = holder_of(store, owner, name)
             raw = read_lineage(store.blobs, record.adapter)
             subject = _Subject(name, raw, _StoredFiles(store, record.adapter.uri), record, store)
             yield from _check(settings, subject, public_key)
@@ -254,14 +253,3 @@ def _check_hash(what: str, files: FolderFiles | _StoredFiles, name: str, expecte
     except OSError as error:
         return Check(what, False, f"it cannot be read: {error.strerror}")
     return Check(what, digest == expected, digest if digest == expected else f"sha256 {digest}, not {expected}")
-
-
-def find_record(store: "Store", owner: str, name: str) -> "Version | Checkpoint":
-    """The Version or checkpoint that a name calls. Raises ModelNotFound."""
-    from tuneloom.store.names import find_named
-
-    found = find_named(store.records, owner, name)
-    for stored in (found.version, found.checkpoint) if found else ():
-        if stored is not None:
-            return stored.value
-    raise ModelNotFound.named(name)
