@@ -63,7 +63,7 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
         st.just({"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.25}),
         st.builds(
             lambda values: {"enum": values},
-            st.lists(st.one_of(NAMES, st.integers(), st.none()), min_size=1, max_size=4, unique_by=str),
+            st.lists(st.one_of(NAMES, st.integers(-(2**53), 2**53), st.none()), min_size=1, max_size=4, unique_by=str),
         ),
         NAMES.map(lambda value: {"const": {"k": [value]}}),
     )
@@ -107,6 +107,37 @@ def test_every_answer_of_a_random_model_is_valid(
         jsonschema.validate(json.loads(text), schema)
     else:
         assert reason == "length" and len(text) > 400
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**53 - 1},
+        {"enum": [10**30]},
+        {"const": {"k": [0.1, -1e22, 12345678.125]}},
+        {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 90},
+        {"type": "integer", "minimum": 2**63 - 90_000, "maximum": 2**63 - 1},
+        {"type": "integer", "minimum": -(2**63), "maximum": -(2**63) + 90_000},
+        {
+            "type": "array",
+            "items": {"properties": {"const": {"maximum": 2**63 - 1}}, "enum": [{"const": 1}]},
+            "maxItems": 2,
+        },
+    ],
+)
+def test_long_numbers_of_a_schema_are_kept(core: Harness, codec: Codec, schema: dict[str, Any]):
+    for seed in range(3):
+        text, reason = ask(core, codec, json_schema_grammar(json.dumps(schema)), f"r{seed}", seed=seed)
+        assert reason == "stop"
+        jsonschema.validate(json.loads(text), schema)
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, -(2**60) - 1, 2**70, 123456789012345.67])
+def test_a_number_that_would_come_out_as_another_is_refused(number: float):
+    for schema in ({"enum": ["a", number]}, {"properties": {"n": {"const": {"k": [number]}}}}):
+        with pytest.raises(InvalidRequest, match="digits") as refused:
+            json_schema_grammar(json.dumps(schema))
+        assert str(number) in refused.value.message and refused.value.param == "response_format"
 
 
 def test_an_answer_ends_where_its_grammar_ends_and_no_token_later(core: Harness, codec: Codec):

@@ -252,8 +252,11 @@ async def test_tools_beside_a_response_format_give_either(plain: AsyncOpenAI) ->
     Verdict.model_validate_json(none.choices[0].message.content or "")
 
 
-async def test_a_strict_schema_that_cannot_be_enforced_is_a_400_and_a_loose_one_any_object(plain: AsyncOpenAI) -> None:
-    odd: Any = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}, "required": ["a"]}
+@pytest.mark.parametrize("value", [{"not": {"type": "string"}}, {"const": 2**53 + 1}])
+async def test_a_strict_schema_that_cannot_be_enforced_is_a_400_and_a_loose_one_any_object(
+    plain: AsyncOpenAI, value: Any
+) -> None:
+    odd: Any = {"type": "object", "properties": {"a": value}, "required": ["a"]}
     tool: Any = {"type": "function", "function": {"name": "f", "parameters": odd, "strict": True}}
     options: Any = {"model": BASE, "messages": HI, "tool_choice": "required", "max_completion_tokens": 100}
     with pytest.raises(openai.BadRequestError) as caught:

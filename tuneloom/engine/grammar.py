@@ -12,6 +12,7 @@ import sys
 import threading
 
 from tuneloom.engine import grammar_check
+from tuneloom.engine.schema_numbers import held
 from tuneloom.errors import InvalidRequest, Overloaded
 
 MAX_GRAMMAR_BYTES = 256 * 1024
@@ -43,7 +44,7 @@ def json_schema_grammar(schema: str, *, param: str = "response_format") -> str:
         parsed = json.loads(schema)
         if not isinstance(parsed, dict):
             raise InvalidRequest(f"The schema in `{param}` is not a JSON object. Send a JSON schema.", param=param)
-        grammar = _grammar_of(parsed)
+        grammar = _grammar_of(held(parsed, param=param))
     except ValueError as error:
         raise InvalidRequest(f"The schema in `{param}` is not valid JSON: {error}.", param=param) from error
     except RecursionError as error:

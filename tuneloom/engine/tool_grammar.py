@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuneloom.engine.schema_numbers import held
 from tuneloom.engine.tools import PYTHON_TAG, CallFormat
 from tuneloom.generation import ToolChoice
 
@@ -58,8 +59,12 @@ def is_raw(schema: Any) -> bool:
     return isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= _PLAIN_STRING
 
 
-def spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema whose JSON is spaced as chat templates space it, so that a call reads the same when it comes back."""
+def spaced(schema: Mapping[str, Any], *, param: str = "tools") -> dict[str, Any]:
+    """A schema whose JSON is spaced as chat templates space it, so that a call reads the same when it comes back.
+
+    Raises:
+        InvalidRequest: it has numbers that cannot be enforced.
+    """
     options = {
         "whitespace_flexible": False,
         "item_separator": ", ",
@@ -67,7 +72,7 @@ def spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
         "lenient": False,
         "coerce_one_of": False,
     }
-    return {**schema, "x-guidance": options}
+    return {**held(schema, param=param), "x-guidance": options}
 
 
 class _Lark:

@@ -91,9 +91,10 @@ def _enforceable(tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> tupl
         found.append(tool)
         if choice.name not in (None, function["name"]):
             continue
-        grammar = json.dumps({"grammars": [{"json_schema": spaced(parameters_schema(function))}]})
+        param = f"tools[{index}].function.parameters"
         try:
-            check_grammar(grammar, param=f"tools[{index}].function.parameters")
+            schema = spaced(parameters_schema(function), param=param)
+            check_grammar(json.dumps({"grammars": [{"json_schema": schema}]}), param=param)
         except InvalidRequest:
             if function.get("strict"):
                 raise

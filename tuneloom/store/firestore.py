@@ -31,7 +31,9 @@ DEFAULT_DATABASE = "(default)"
 PAGE = 300
 
 _CONFLICTS = {"ALREADY_EXISTS", "FAILED_PRECONDITION", "NOT_FOUND"}
-# The same statuses, but of the database and not of a document.
+# A write asks for a revision later than the document's last, such as that of one of its name that is gone.
+_NEWER_REVISION = re.compile("^Invalid base version")
+# The same statuses as of conflicts, but of the database and not of a document.
 _NO_DATABASE = re.compile(r"^The database .* does not exist|Datastore Mode", re.IGNORECASE)
 
 
@@ -191,4 +193,6 @@ def _document(found: Mapping[str, Any], *, with_data: bool = True) -> Document:
 
 
 def _is_conflict(error: ApiError) -> bool:
+    if error.status == "INVALID_ARGUMENT":
+        return bool(_NEWER_REVISION.search(error.message))
     return error.status in _CONFLICTS and not _NO_DATABASE.search(error.message)

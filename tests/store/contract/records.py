@@ -85,6 +85,15 @@ class OfRecords(Opened):
         assert documents.commit([Delete("things", "a", second), Delete("things", "b")]) == {}
         assert documents.query("things") == []
 
+    def test_a_later_revision_of_another_document_is_a_conflict(self, documents: Documents) -> None:
+        documents.commit([Create("things", "a", {"v": 1})])
+        later = documents.commit([Create("things", "b", {"v": 1})])["things", "b"]
+        for write in (Replace("things", "a", {"v": 2}, later), Delete("things", "a", later)):
+            with pytest.raises(StoreConflict):
+                documents.commit([write])
+        found = documents.find("things", "a")
+        assert found is not None and found.data == {"v": 1}
+
     def test_a_revision_does_not_come_back_with_a_document_of_the_same_id(self, documents: Documents) -> None:
         first = documents.commit([Create("things", "a", {"v": 1})])["things", "a"]
         documents.commit([Delete("things", "a")])

@@ -21,15 +21,16 @@ from tuneloom.store.base import Create, Documents, Increment, Replace, StoreConf
 
 
 class OfWriters(Opened):
-    # How often in a row a query may show one document of a commit before the other.
-    MAX_HALVES = 0
+    # How long queries may show one document of a commit before the other.
+    HALF_S = 0.0
 
     def sum_of(self, documents: Documents) -> int:
-        for _ in range(self.MAX_HALVES):
-            if not sum(d.data["v"] for d in documents.query("things")):
+        deadline = time.monotonic() + self.HALF_S
+        while total := sum(d.data["v"] for d in documents.query("things")):
+            if time.monotonic() >= deadline:
                 break
-            time.sleep(0.05)
-        return sum(d.data["v"] for d in documents.query("things"))
+            time.sleep(0.02)
+        return total
 
     def test_eight_writers_of_one_document_all_come_to_an_end(
         self, documents: Documents, capsys: pytest.CaptureFixture[str]
